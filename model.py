@@ -1,0 +1,255 @@
+"""
+A Llama-style GPT: the network and nothing else.
+
+The architecture is that of "Strong Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv
+2605.23857), which takes Llama 3's: RMSNorm before each block (eps 1e-5), rotary positions (theta 500,000),
+grouped-query attention, SwiGLU, no biases, and an output head that is tied to the embedding or not. Teacher
+and student are the same class in two sizes.
+
+    python model.py                 # every size with its parameters and FLOPs per token
+
+Reads and writes nothing but the checkpoints it is asked for. Sources: RMSNorm arXiv 1910.07467, RoPE
+2104.09864, SwiGLU 2002.05202, grouped-query attention 2305.13245, Llama 3 2407.21783.
+"""
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, cut short, or not one of ours."""
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a model. Raises ValueError where the numbers do not fit together."""
+    vocab_size: int = 512
+    block_size: int = 128            # longest context, in tokens
+    n_layer: int = 2
+    n_head: int = 4                  # query heads
+    n_kv_head: int = 1               # key/value heads; each serves n_head / n_kv_head query heads
+    n_embd: int = 64                 # width C
+    rope_theta: float = 500_000.0
+    tie_embeddings: bool = True      # True: the head is the embedding matrix
+    ffn_ratio: float = 8 / 3         # inner width of the SwiGLU over n_embd; Llama 3 8B has 3.5
+
+    def __post_init__(self):
+        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
+            raise ValueError(f"n_head = {self.n_head} must divide n_embd = {self.n_embd} into even widths")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_kv_head = {self.n_kv_head} must divide n_head = {self.n_head}")
+
+    @property
+    def n_inner(self):
+        """Inner width of the feed-forward block, rounded up to a multiple of 32."""
+        return 32 * math.ceil(self.ffn_ratio * self.n_embd / 32)
+
+
+def _shape(n_layer, n_head, n_kv_head, n_embd, tie_embeddings=True, ffn_ratio=8 / 3):
+    return dict(n_layer=n_layer, n_head=n_head, n_kv_head=n_kv_head, n_embd=n_embd,
+                tie_embeddings=tie_embeddings, ffn_ratio=ffn_ratio)
+
+
+SIZES = {
+    # laptop: for a vocabulary of 512, minutes on two CPU cores
+    "xs": _shape(2, 2, 1, 32),
+    "s": _shape(2, 4, 1, 64),
+    "m": _shape(3, 4, 1, 96),
+    "l": _shape(4, 8, 2, 128),
+    "xl": _shape(6, 12, 3, 192),
+    # one GPU: named by their parameters at GPT-2's vocabulary of 50,304
+    "30M": _shape(6, 6, 2, 384),
+    "60M": _shape(12, 8, 2, 512),
+    "124M": _shape(14, 12, 3, 768),
+    "350M": _shape(27, 16, 4, 1024),
+    # the paper: named by their parameters at Llama 3's vocabulary of 128,256, untied. 8.0B is Llama 3 8B
+    # itself; the shapes of the other three are ours, chosen to meet the reported counts
+    "0.7B": _shape(18, 20, 5, 1280, False, 3.5),
+    "1.7B": _shape(22, 16, 4, 2048, False, 3.5),
+    "3.8B": _shape(30, 24, 6, 3072, False),
+    "8.0B": _shape(32, 32, 8, 4096, False, 3.5),
+}
+
+
+def rotary_table(block_size, head_dim, theta):
+    """cos and sin of position * frequency, each (block_size, head_dim): RoPE, in Llama's half-split order"""
+    freq = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.outer(torch.arange(block_size).float(), freq)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) of x (B, heads, T, D) by its position's angle."""
+    x1, x2 = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-x2, x1], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
+        head_dim = config.n_embd // config.n_head
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * head_dim, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+
+    def forward(self, x, cos, sin):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, -1).transpose(1, 2)       # (B, n_head, T, D)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)    # (B, n_kv_head, T, D)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GPT(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V). Parameters have the names of transformers' LlamaForCausalLM."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        cos, sin = rotary_table(config.block_size, config.n_embd // config.n_head, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        # GPT-2's initialisation: 0.02 everywhere, smaller where a layer adds to the residual stream, so that
+        # the stream's variance does not grow with depth
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def hidden(self, idx):
+        """Ids (B, T) -> final, normed hidden states (B, T, C). Raises ValueError if T > block_size."""
+        T = idx.size(1)
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens do not fit the model's context of {self.config.block_size}")
+        x = self.embed_tokens(idx)                                           # (B, T, C)
+        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
+        for layer in self.layers:
+            x = layer(x, cos, sin)
+        return self.norm(x)
+
+    def forward(self, idx):
+        """Ids (B, T) -> logits (B, T, V)."""
+        return self.lm_head(self.hidden(idx))
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
+        """idx (B, T) -> (B, T + max_new_tokens), sampled; temperature 0: the likeliest; top_k: of k."""
+        for _ in range(max_new_tokens):
+            logits = self(idx[:, -self.config.block_size:])[:, -1]           # (B, V)
+            if temperature == 0:
+                next_id = logits.argmax(-1, keepdim=True)
+            else:
+                logits = logits / temperature
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, float("-inf"))
+                next_id = torch.multinomial(logits.softmax(-1), 1)
+            idx = torch.cat([idx, next_id], dim=1)
+        return idx
+
+
+def count_parameters(config):
+    """Parameters of a model of this shape, a tied matrix counted once."""
+    C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
+    layer = 2 * C * C + 2 * C * kv + 3 * C * config.n_inner + 2 * C
+    return (2 - config.tie_embeddings) * config.vocab_size * C + config.n_layer * layer + C
+
+
+def flops_per_token(config, backward=False):
+    """
+    Floating-point operations a token at full context: two for each weight of a matrix product (the head's
+    included, the embedding's look-up not) and 4 T C a layer for attention, the causal mask not deducted:
+    PaLM's appendix B, arXiv 2204.02311. The backward pass costs twice the forward.
+    """
+    C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
+    weights = config.n_layer * (2 * C * C + 2 * C * kv + 3 * C * config.n_inner) + config.vocab_size * C
+    forward = 2 * weights + 4 * config.n_layer * config.block_size * C
+    return 3 * forward if backward else forward
+
+
+def save_checkpoint(path, model, **extra):
+    """Write model and extra (plain numbers, strings, lists, dicts, tensors) to path: all of it or nothing."""
+    write_atomically(path, {"format": "nanodistill", "config": asdict(model.config),
+                            "model": model.state_dict(), **extra})
+
+
+def write_atomically(path, obj):
+    """torch.save, flush, rename: a kill at any moment leaves the old file or the new. Raises OSError."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            try:
+                torch.save(obj, f)
+            except RuntimeError as e:                       # torch's own word for a full disk
+                raise OSError(f"cannot write {path}: {e}") from None
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (model in eval mode, the extra values saved with it). Raises CheckpointError."""
+    if not os.path.isfile(path):
+        raise CheckpointError(f"no checkpoint at {path}: train one with distill.py, or give its .pt file")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+        assert saved.pop("format") == "nanodistill"
+        model = GPT(GPTConfig(**saved.pop("config"))).to(device)
+        model.load_state_dict(saved.pop("model"))
+    except Exception:                                       # torch.load raises many kinds, of one meaning
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of distill.py") from None
+    return model.eval(), saved
+
+
+if __name__ == "__main__":
+    print("size   layers   heads  width      parameters  forward FLOPs/token")
+    for name, shape in SIZES.items():
+        vocab_size, block_size = {"M": (50_304, 1024), "B": (128_256, 8192)}.get(name[-1], (512, 128))
+        c = GPTConfig(vocab_size, block_size, **shape)
+        print(f"{name:6} {c.n_layer:6} {c.n_head:4}/{c.n_kv_head:<2} {c.n_embd:6} {count_parameters(c):15,}"
+              f" {flops_per_token(c):20,}")

@@ -1,0 +1,535 @@
+"""
+Teachers x students x alphas x seeds -> the three findings, with intervals and a figure.
+
+    python sweep.py                          # --scale laptop: the main job, a quarter of an hour on two cores
+    python sweep.py --scale smoke            # the same path in under a minute, too small to find anything
+    python sweep.py --scale full --dry_run   # every run with its cost, and nothing done
+
+Prepares the corpus, trains every teacher (checkpoints on the way are the teachers at smaller budgets), a
+baseline and one student for each teacher and alpha, evaluates each, and writes below --out: results.jsonl
+(one line a run), report.md, findings.png and .svg, and runs/ with the checkpoints. Interrupt it when you
+like: the same command goes on.
+
+Follows "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857.
+"""
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import platform
+import queue
+import signal
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+
+import torch
+from tqdm import tqdm
+
+from data import DataError, Parser, load_meta, load_tokens, prepare, run, write
+from distill import (Config, ConfigError, checkpoint_path, distill_loss, pick_device, several, short, switch,
+                     train)
+from eval import evaluate
+from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
+
+K, M, B = 2**10, 2**20, 2**30
+
+
+@dataclass
+class Scale:
+    """One experiment. A teacher's last budget is the length of its run, others are checkpoints on the way."""
+    teachers: dict                   # size -> token budgets
+    students: dict                   # size -> tokens
+    alphas: tuple = (0.25, 0.5, 0.75, 1.0)
+    seeds: tuple = (1,)              # of a student's weights and data; its teachers have 1000 + seed
+    vocab_size: int = 512
+    corpus: str = "python"           # a folder of data/
+    windows: int = 256               # evaluated in each half of a set
+    training: dict = field(default_factory=lambda: dict(batch_size=8, block_size=128, lr=3e-3))   # of Config
+
+
+SCALES = {
+    "smoke": Scale({"xs": (32 * K, 64 * K), "s": (64 * K,), "m": (64 * K,)}, {"s": 32 * K}, (0.25, 1.0),
+                   windows=16),
+    "laptop": Scale({"xs": (4 * M,), "s": (1 * M, 4 * M), "m": (4 * M,)}, {"s": 2 * M}),
+    "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M},
+                  (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3)),
+    "gpu": Scale({size: (B // 2, 1 * B, 2 * B) for size in ("30M", "60M", "124M", "350M")}, {"124M": 1 * B},
+                 seeds=(1, 2, 3), vocab_size=50_304, corpus="fineweb-edu",
+                 training=dict(batch_size=32, accumulate=4, block_size=1024, lr=1e-3)),
+    "paper": Scale({size: tuple(n * 10**9 for n in (10, 30, 50, 80, 100, 300))
+                    for size in ("0.7B", "1.7B", "3.8B", "8.0B")},
+                   {"1.7B": 50 * 10**9}, (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256,
+                   corpus="fineweb-edu", training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4)),
+}
+
+
+# ------------------------------------------------------------------------------
+# the runs
+
+@dataclass(frozen=True)
+class Task:
+    """One call of train(): a teacher with all its budgets, or a student for each alpha of a teacher and seed."""
+    kind: str                        # "teacher" or "student"
+    size: str
+    budgets: tuple                   # token counts that are evaluated
+    seed: int
+    teacher: tuple = None            # (size, tokens)
+    alphas: tuple = (0.0,)
+
+    def __str__(self):
+        taught = f" from {name(self.teacher)}" if self.teacher else ""
+        return f"{self.kind} {name((self.size, self.budgets[-1]))}{taught} seed {self.seed}"
+
+
+def name(teacher):
+    """(size, tokens) -> 'm@4M'."""
+    return f"{teacher[0]}@{short(teacher[1])}"
+
+
+def plan(scale):
+    """Every task of a scale."""
+    tasks = []
+    for seed in scale.seeds:
+        tasks += [Task("teacher", size, budgets, 1000 + seed) for size, budgets in scale.teachers.items()]
+        for size, n in scale.students.items():
+            tasks.append(Task("student", size, (n,), seed))
+            tasks += [Task("student", size, (n,), seed, (t, budget), scale.alphas)
+                      for t, budgets in scale.teachers.items() for budget in budgets]
+    return tasks
+
+
+def config_of(task, scale, data, out, **how):
+    """The Config that trains a task; its folder and its teacher's checkpoint follow from their names."""
+    teacher = ""
+    if task.teacher:
+        size, budget = task.teacher
+        taught_by = Task("teacher", size, scale.teachers[size], 1000 + task.seed)
+        teacher = checkpoint_path(config_of(taught_by, scale, data, out), 0.0, budget)
+    return Config(data=data, out=os.path.join(out, "runs", str(task).replace(" ", "_")), size=task.size,
+                  tokens=task.budgets[-1], checkpoints=task.budgets[:-1], seed=task.seed, teacher=teacher,
+                  alpha=task.alphas, **scale.training, **how)
+
+
+def rows_of(task, scale, corpus):
+    """The lines of results.jsonl a task gives, without what is measured: what tells if they are there."""
+    return [{"kind": task.kind, "size": task.size, "tokens": tokens, "seed": task.seed,
+             "teacher": task.teacher and {"size": task.teacher[0], "tokens": task.teacher[1]}, "alpha": alpha,
+             "temperature": 1.0, "corpus": corpus, "training": scale.training, "windows": scale.windows}
+            for tokens in task.budgets for alpha in task.alphas]
+
+
+def shape_of(size, scale):
+    """The GPTConfig of a size at this scale's vocabulary and context."""
+    return GPTConfig(scale.vocab_size, scale.training["block_size"], **SIZES[size])
+
+
+def cost_of(task, scale):
+    """Training FLOPs: the students' forward and backward passes, and one teacher forward for all of them."""
+    flops = len(task.alphas) * flops_per_token(shape_of(task.size, scale), backward=True)
+    if task.teacher:
+        flops += flops_per_token(shape_of(task.teacher[0], scale))
+    return flops * task.budgets[-1]
+
+
+def start_worker(threads, counter, parent):
+    """Set a worker process up: its threads, and where it reports the tokens it has trained on."""
+    global report_flops
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C reaches every process; train() handles it
+    torch.set_num_threads(threads)
+
+    def report_flops(flops):
+        if os.getppid() != parent:
+            sys.exit("the sweep this worker belongs to is gone")
+        counter.put(flops)
+
+
+def run_task(task, scale, config, corpus):
+    """In a worker: train, evaluate every checkpoint -> lines of results.jsonl."""
+    flops_a_token, start = cost_of(task, scale) / task.budgets[-1], time.time()
+    kept = train(config, lambda n: report_flops(n * flops_a_token))
+    seconds = round((time.time() - start) / len(task.alphas), 1)
+    models = (load_checkpoint(c["path"], pick_device(config)[0])[0] for c in kept)
+    return [{**row, "metrics": evaluate(model, config.data, scale.windows), "seconds": seconds}
+            for row, model in zip(rows_of(task, scale, corpus), models)]
+
+
+def read_rows(path):
+    """The lines of results.jsonl, none if there is no such file. Raises DataError."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        try:
+            rows = [json.loads(line) for line in f]
+            [row["metrics"]["in_domain"]["report"] for row in rows]
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path} holds a line that is no result: mend or delete it") from None
+    return rows
+
+
+def sweep(scale, data, out, jobs, how):
+    """Run what is not in results.jsonl yet, `jobs` tasks at a time -> all rows of this scale."""
+    corpus, results = load_meta(data)["fingerprint"], os.path.join(out, "results.jsonl")
+    configs = {task: config_of(task, scale, data, out, **how) for task in plan(scale)}
+    rows = {task: rows_of(task, scale, corpus) for task in configs}
+    keys = rows[next(iter(rows))][0].keys()
+
+    def key(row):
+        return json.dumps({k: row.get(k) for k in keys}, sort_keys=True)
+    done = {key(row) for row in read_rows(results)}
+    todo = [task for task in configs if not all(key(row) in done for row in rows[task])]
+    missing = {configs[t].teacher for t in todo if not os.path.exists(configs[t].teacher)}
+    for task in configs:                                     # a teacher's result may be there, its checkpoint not
+        if task not in todo and missing & {checkpoint_path(configs[task], 0.0, n) for n in task.budgets}:
+            todo.append(task)
+
+    todo.sort(key=lambda task: (task.kind == "student", -cost_of(task, scale)))   # teachers, then the costliest
+
+    def save(new):                                            # a row that is there already stays as it is
+        known = {key(row): row for row in read_rows(results)}
+        known |= {key(row): row for row in new if key(row) not in known}
+        write(out, "results.jsonl", "".join(json.dumps(row) + "\n" for row in known.values()).encode())
+    if todo:
+        print(f"{len(todo)} tasks, {jobs} at a time; stop it when you like, the same command goes on")
+        run_tasks(todo, scale, configs, corpus, jobs, save)
+    wanted = {key(row) for task in rows for row in rows[task]}
+    return [row for row in read_rows(results) if key(row) in wanted]
+
+
+def run_tasks(todo, scale, configs, corpus, jobs, save):
+    """Run tasks in worker processes, `jobs` at a time, in order as far as teachers are there."""
+    jobs = min(jobs, len(todo))
+    threads = max(1, torch.get_num_threads() // jobs)
+    os.environ["OMP_NUM_THREADS"] = str(threads)              # read by the workers when their torch starts
+    context, start, running = multiprocessing.get_context("spawn"), time.time(), {}
+    counter = context.Queue()
+    pool = ProcessPoolExecutor(jobs, context, start_worker, (threads, counter, os.getpid()))
+    bar = tqdm(total=sum(cost_of(t, scale) for t in todo), unit="FLOP", unit_scale=True, smoothing=0.02,
+               mininterval=1 if sys.stderr.isatty() else 30)
+    try:
+        while todo or running:
+            for task in [t for t in todo if not configs[t].teacher or os.path.exists(configs[t].teacher)]:
+                if len(running) < jobs:
+                    todo.remove(task)
+                    running[pool.submit(run_task, task, scale, configs[task], corpus)] = task
+            ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+            try:
+                while True:
+                    bar.update(counter.get_nowait())
+            except queue.Empty:
+                pass
+            for future in ended:
+                save(future.result())
+                bar.write(f"  {time.time() - start:5.0f} s: {running.pop(future)}")
+    except BaseException:
+        for worker in multiprocessing.active_children():      # they save their state on SIGTERM
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        bar.close()
+
+
+def dry_run(scale_name, scale, jobs):
+    """Print every run with its FLOPs and how long it may take."""
+    sizes = {**scale.teachers, **scale.students}
+    here = all(SIZES[size]["n_embd"] < 256 for size in sizes)
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+
+    def flops_per_second(size):
+        if not here:
+            return 0.4 * 989e12                               # 40 % of an H100's peak in dense bf16
+        model, c = GPT(shape_of(size, scale)), scale.training
+        x = torch.randint(scale.vocab_size, (c["batch_size"], c["block_size"]))
+        for _ in range(2):                                    # the first round warms up
+            start = time.perf_counter()
+            for _ in range(5):
+                distill_loss(model.hidden(x), model.lm_head.weight, x, 0.0)[0].backward()
+        return 5 * x.numel() * flops_per_token(model.config, backward=True) / (time.perf_counter() - start)
+
+    speed = {size: flops_per_second(size) for size in sizes}
+    tasks = plan(scale)
+    print(f"{'run':50} {'alphas':>26} {'FLOPs':>10} {'time':>10}")
+    for task in tasks:
+        alphas, seconds = ", ".join(f"{a:g}" for a in task.alphas), cost_of(task, scale) / speed[task.size]
+        shown = f"{seconds:8.0f} s" if here else f"{seconds / 3600:8,.1f} h"
+        print(f"{str(task):50} {alphas:>26} {cost_of(task, scale):10.2e} {shown}")
+    flops = sum(cost_of(t, scale) for t in tasks)
+    seconds = sum(cost_of(t, scale) / speed[t.size] for t in tasks)
+    print(f"\n{scale_name}: {flops:.2e} FLOPs, " + (
+        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, from uncompiled steps timed just "
+        "now;\npreparing, compiling and evaluating come on top" if here else
+        f"{seconds / 3600:,.0f} GPU-hours on an H100 at 40 % of 989 TFLOP/s (computed)"))
+
+
+# ------------------------------------------------------------------------------
+# the findings: from here on everything is a function of the rows of results.jsonl
+
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+
+
+def interval(values):
+    """-> mean, half-width of its 95 % t-interval (infinite for a single value)."""
+    n, mean = len(values), sum(values) / len(values)
+    if n < 2:
+        return mean, math.inf
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return mean, T_975[min(n - 1, len(T_975)) - 1] * deviation / math.sqrt(n)
+
+
+def show(values):
+    """'+0.012 ± 0.003', or the mean alone for a single value."""
+    mean, half = interval(values)
+    return f"{mean:+.3f}" + (f" ± {half:.3f}" if half < math.inf else "")
+
+
+def loss_of(row, where, half="report"):
+    """Nats per token "in" domain, or "out": the mean of the out-of-distribution sets."""
+    prefix = {"in": "in_domain", "out": "ood/"}[where]
+    values = [v[half] for k, v in row["metrics"].items() if k.startswith(prefix)]
+    return sum(values) / len(values)
+
+
+class Gains:
+    """What students of one size gained over the alpha = 0 baseline of the same seed, in nats per token."""
+
+    def __init__(self, rows, size):
+        self.size = size
+        students = [r for r in rows if r["kind"] == "student" and r["size"] == size]
+        self.base = {r["seed"]: r for r in students if not r["teacher"]}
+        self.cells = {}                                      # (size, tokens) of a teacher -> alpha -> seed -> row
+        for r in students:
+            if r["teacher"]:
+                by_alpha = self.cells.setdefault((r["teacher"]["size"], r["teacher"]["tokens"]), {})
+                by_alpha.setdefault(r["alpha"], {})[r["seed"]] = r
+        self.teachers = sorted(self.cells, key=lambda t: (list(SIZES).index(t[0]), t[1]))
+        base = interval([loss_of(r, "in") for r in self.base.values()])[0]
+        self.weakness = {}                                   # teacher -> its in-domain loss minus the baseline's
+        for t in self.teachers:
+            own = [loss_of(r, "in") for r in rows if r["kind"] == "teacher" and (r["size"], r["tokens"]) == t]
+            self.weakness[t] = interval(own)[0] - base
+
+    def gain(self, teacher, alpha, where, half="report", percent=False):
+        """seed -> gain of one cell; percent: of the baseline's loss."""
+        return {seed: (loss_of(self.base[seed], where, half) - loss_of(row, where, half))
+                * (100 / loss_of(self.base[seed], where, half) if percent else 1)
+                for seed, row in sorted(self.cells[teacher][alpha].items())}
+
+    def best_alpha(self, teacher):
+        """seed -> the alpha with the largest gain out of distribution on the select halves."""
+        gains = {alpha: self.gain(teacher, alpha, "out", "select") for alpha in self.cells[teacher]}
+        return {seed: max(gains, key=lambda alpha: gains[alpha][seed]) for seed in self.base}
+
+    def best(self, teacher, where, half="report"):
+        """seed -> the gain at that alpha."""
+        return {seed: self.gain(teacher, alpha, where, half)[seed]
+                for seed, alpha in self.best_alpha(teacher).items()}
+
+
+def lower(values, sign=1):
+    """The lower end of the interval (sign -1: the upper); below 3 values the mean stands for both."""
+    mean, half = interval(values)
+    return mean - sign * (half if len(values) > 2 else 0)
+
+
+def verdict(claim, values, seen):
+    """The claim with its verdict, which takes three seeds."""
+    if len(values) >= 3:
+        return f"**{claim}: {'reproduced' if seen else 'not reproduced'}.**"
+    return f"**{claim}: too few seeds ({len(values)}), {'seen' if seen else 'not seen'}.**"
+
+
+def findings(g):
+    """The paper's three claims, each judged on the rows of one student size -> three paragraphs."""
+    claim = "A weak teacher helps a stronger student"
+    weak = [t for t in g.teachers if g.weakness[t] > 0]
+    if weak:
+        t = max(weak, key=lambda t: sum(g.best(t, "out", "select").values()))
+        inside, outside = list(g.best(t, "in").values()), list(g.best(t, "out").values())
+        alphas = ", ".join(f"{a:g}" for a in sorted(set(g.best_alpha(t).values())))
+        first = (f"{verdict(claim, outside, lower(outside) > 0)} {name(t)}, whose own loss is {g.weakness[t]:.3f} "
+                 f"above what the student reaches alone, gives it {show(outside)} out of distribution and "
+                 f"{show(inside)} in domain at alpha {alphas}.")
+    else:
+        first = f"**{claim}: not tested**, for no teacher here is weaker than the student alone."
+
+    claim = "A stronger teacher saturates or reverses the gain"
+    most = max(n for _, n in g.teachers)                     # along size at the most tokens, and along tokens
+    paths = [[t for t in g.teachers if t[1] == most]] + [[t for t in g.teachers if t[0] == s] for s in SIZES]
+    steps, seen = [], False
+    for path in [p for p in paths if len(p) > 1]:
+        best = [g.best(t, "out") for t in path]
+        last = [best[-1][seed] - best[-2][seed] for seed in g.base]
+        top = max(range(len(path)), key=lambda i: sum(best[i].values()))
+        flat = lower(last) <= 0 or path[top] != path[-1]
+        word = "reverses" if lower(last, -1) < 0 else "saturates" if flat else "grows"
+        seen |= flat
+        steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest: "
+                     f"{name(path[top])})")
+    second = (f"{verdict(claim, list(g.base), seen)} The best gain out of distribution: "
+              f"{'; '.join(steps) or 'teachers of one size and budget only'}.")
+
+    cells = [(t, alpha) for t in g.teachers for alpha in g.cells[t]]
+    percent = {where: [g.gain(*cell, where, percent=True) for cell in cells] for where in ("in", "out")}
+    ahead = [sum(o[s] - i[s] for i, o in zip(percent["in"], percent["out"])) / len(cells) for s in g.base]
+    mixed = [f"{name(t)} at alpha {a:g}" for (t, a), i, o in zip(cells, percent["in"], percent["out"])
+             if sum(i.values()) < 0 < sum(o.values())]
+    claim = "Generalisation improves before in-domain fit"
+    third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the gain out of "
+             f"distribution is {show(ahead)} percent of the loss ahead of that in domain. Losing in domain and "
+             f"gaining outside: {'; '.join(mixed) or 'none'}.")
+    return [first, second, third]
+
+
+def report(g, header):
+    """The whole report, in Markdown."""
+    base, seeds = list(g.base.values()), f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
+    sets = ", ".join(k[4:] for k in base[0]["metrics"] if k.startswith("ood/"))
+    alone = {where: interval([loss_of(r, where) for r in base])[0] for where in ("in", "out")}
+    text = [f"# Distilling into the {g.size} student", "", header, "", "## Findings", ""]
+    text += [f"{i}. {paragraph}" for i, paragraph in enumerate(findings(g), 1)]
+    text += ["", "Gains are in nats per token over the alpha = 0 student of the same seed, ± a 95 % t-interval over "
+             f"{seeds}; out of distribution is the mean of {sets}. Alone, the student reaches {alone['in']:.3f} in "
+             f"domain and {alone['out']:.3f} out of distribution.", "", "## The best alpha for each teacher", "",
+             "Chosen for each seed by the loss out of distribution on the `select` halves; the gains are those of "
+             "the `report` halves. A teacher's weakness is its own in-domain loss minus that of the student alone.",
+             "", "| teacher | weakness | best alpha | gain in domain | gain out of distribution |", "|---" * 5 + "|"]
+    unsure = []
+    for t in g.teachers:
+        inside, outside = list(g.best(t, "in").values()), list(g.best(t, "out").values())
+        alphas = ", ".join(f"{a:g}" for a in g.best_alpha(t).values())
+        text.append(f"| {name(t)} | {g.weakness[t]:+.3f} | {alphas} | {show(inside)} | {show(outside)} |")
+        unsure += [name(t)] * (interval(outside)[1] >= abs(interval(outside)[0]))
+    text += ["", f"More seeds are needed for {', '.join(unsure) or 'none'}, whose gain out of distribution has no "
+             "interval that excludes zero.", "", "## Every cell: gain in domain / out of distribution", ""]
+    alphas = sorted({a for t in g.teachers for a in g.cells[t]})
+    text += [" | ".join(["| teacher", *(f"alpha {a:g}" for a in alphas)]) + " |", "|---" * (len(alphas) + 1) + "|"]
+    for t in g.teachers:
+        cells = [" / ".join(show(list(g.gain(t, a, w).values())) for w in ("in", "out")) for a in alphas]
+        text.append(f"| {name(t)} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def draw(g, scale, path):
+    """The findings as a figure of four panels, PNG and SVG."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullLocator
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
+    by_alpha, by_size, by_tokens, both = axes.flat
+    sizes, budgets = list(scale.teachers), sorted({n for _, n in g.teachers}, reverse=True)
+    shade = {s: plt.cm.viridis(0.85 * i / max(1, len(sizes) - 1)) for i, s in enumerate(sizes)}
+    marker = dict(zip(sizes, "os^DvP"))
+    dash = dict(zip(budgets, itertools.cycle(("-", "--", "-.", ":"))))
+    parameters = {s: count_parameters(shape_of(s, scale)) for s in sizes}
+
+    def line(axis, x, groups, label, **style):
+        points = [interval(list(v.values())) for v in groups]
+        error = [half for _, half in points] if len(g.base) > 1 else None
+        axis.errorbar(x, [mean for mean, _ in points], error, label=label, capsize=3, markersize=5, **style)
+
+    for t in g.teachers:
+        alphas, look = sorted(g.cells[t]), dict(color=shade[t[0]], marker=marker[t[0]])
+        line(by_alpha, alphas, [g.gain(t, a, "out") for a in alphas], f"{name(t)} ({g.weakness[t]:+.2f})",
+             ls=dash[t[1]], **look)
+        x, y = ([interval(list(g.gain(t, a, w).values()))[0] for a in alphas] for w in ("in", "out"))
+        both.plot(x, y, label=name(t), ls="none", fillstyle="full" if t[1] == budgets[0] else "none", **look)
+    for n in budgets:
+        path_ = [t for t in g.teachers if t[1] == n]
+        line(by_size, [parameters[s] for s, _ in path_], [g.best(t, "out") for t in path_], f"{short(n)} tokens",
+             ls=dash[n], color="black", marker="o")
+    for s in sizes:
+        path_ = [t for t in g.teachers if t[0] == s]
+        line(by_tokens, [n for _, n in path_], [g.best(t, "out") for t in path_], s, color=shade[s],
+             marker=marker[s])
+    labels = [f"{s}\n{n / 1e6:.2f}M" for s, n in parameters.items()]
+    for axis, ticks, labels in ((by_size, list(parameters.values()), labels),
+                                (by_tokens, budgets, [short(n) for n in budgets])):
+        axis.set_xscale("log")
+        axis.set_xticks(ticks, labels)
+        axis.xaxis.set_minor_locator(NullLocator())
+    outside = "gain out of distribution (nats/token)"
+    by_alpha.set(title="Gain against alpha", xlabel="alpha", ylabel=outside)
+    by_size.set(title="Best gain against teacher size", xlabel="teacher (parameters)", ylabel=outside)
+    by_tokens.set(title="Best gain against teacher tokens", xlabel="teacher (training tokens)", ylabel=outside)
+    both.set(title="Every cell: above the dotted line, more is gained outside", ylabel=outside,
+             xlabel="gain in domain (nats/token)")
+    both.axline((0, 0), slope=1, color="grey", lw=0.8, ls=":")
+    both.axvline(0, color="grey", lw=0.8)
+    for axis in axes.flat:
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8, title_fontsize=8, title="teacher (its weakness)" if axis is by_alpha else None)
+    seeds = f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
+    figure.suptitle(f"Distilling into the {g.size} student: gain over training alone, {seeds}")
+    for ending in ("png", "svg"):
+        figure.savefig(f"{path}.{ending}", dpi=120)
+    plt.close(figure)
+
+
+def chart(g):
+    """The best gain of each teacher as bars of text."""
+    best = {t: interval(list(g.best(t, "out").values()))[0] for t in g.teachers}
+    unit = max(1e-9, *map(abs, best.values())) / 40
+    return "\n".join(f"{name(t):>10} {v:+.3f} {'-#'[v > 0] * round(abs(v) / unit)}" for t, v in best.items())
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("--scale", default="laptop", choices=SCALES,
+                        help="the experiment, see SCALES (default: laptop)")
+    parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
+    parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: that of the scale below "
+                        "data/; the python corpus is made if needed)")
+    parser.add_argument("--seeds", type=several(int), metavar="N,N",
+                        help="seeds in place of the scale's, such as 1,2,3")
+    parser.add_argument("--jobs", type=int, metavar="N", help="tasks at a time; on CPU they share the cores "
+                        "(default: as many as cores, on a GPU 1)")
+    parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
+    parser.add_argument("--compile", type=switch, help="as in distill.py (default: true, for smoke false)")
+    parser.add_argument("--dry_run", action="store_true",
+                        help="print every run with its FLOPs and time, do nothing else")
+    args = parser.parse_args()
+    scale, start = SCALES[args.scale], time.time()
+    if args.seeds:
+        scale = replace(scale, seeds=args.seeds)
+    on_gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
+    jobs = args.jobs if args.jobs is not None else 1 if on_gpu else torch.get_num_threads()
+    if jobs < 1 or len(set(scale.seeds)) < len(scale.seeds) or min(scale.seeds) < 0:
+        parser.error("--jobs must be at least 1, and --seeds different and not negative")
+    if args.dry_run:
+        return dry_run(args.scale, scale, jobs)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    out, data = args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
+    if not args.data and scale.corpus == "python":
+        prepare("python", data, scale.vocab_size)
+    meta = load_meta(data)
+    for name_ in meta["sets"]:                               # damage is told now, not in an hour
+        load_tokens(os.path.join(data, f"{name_}.bin"))
+    scale = replace(scale, vocab_size=meta["vocab_size"])
+    os.makedirs(out, exist_ok=True)
+    how = {"device": args.device, "compile": args.scale != "smoke" if args.compile is None else args.compile}
+    rows = sweep(scale, data, out, jobs, how)
+
+    for size in scale.students:
+        g, suffix = Gains(rows, size), "" if len(scale.students) == 1 else f"_{size}"
+        minutes = sum(r["seconds"] for r in rows) / 60
+        text = report(g, f"`python sweep.py --scale {args.scale}`, seeds {','.join(map(str, scale.seeds))}; corpus "
+                      f"{rows[0]['corpus']}; {minutes:.0f} minutes of training, {jobs} runs at a time, on "
+                      f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.")
+        write(out, f"report{suffix}.md", f"{text}\n![the findings](findings{suffix}.png)\n".encode())
+        print("\n" + text)
+        try:
+            draw(g, scale, os.path.join(out, f"findings{suffix}"))
+        except ImportError:
+            print(f"best gain out of distribution; for the figure: pip install matplotlib\n{chart(g)}")
+    print(f"{out}: report, figure and results.jsonl; {(time.time() - start) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run(main, ConfigError, CheckpointError)

@@ -1,0 +1,706 @@
+"""
+Every promise of the other files, checked: python -m pytest -q
+
+Where somebody else has written the same thing, that is what we compare with: torch's own losses and FLOP counter,
+tiktoken's educational byte-pair encoder, transformers' Llama. Otherwise a plain version stands here, or a property.
+"""
+import importlib.util
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import torch
+import torch.nn.functional as F
+
+import data
+import distill
+import eval as evaluation
+import model
+import sweep
+
+HERE = Path(__file__).parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A small text corpus: 'in domain' is this repository's code, 'poem' something else."""
+    folder = tmp_path_factory.mktemp("corpus")
+    sources = [HERE / name for name in ("data.py", "distill.py", "model.py", "sweep.py", "eval.py", "test_all.py")]
+    words = random.Random(0)
+    text = "\n\n".join(" ".join(words.choice(["rose", "moon", "sea", "and", "of"]) for _ in range(300)) for _ in range(40))
+    (folder / "poem.txt").write_text(text)
+    data.prepare("text", str(folder / "data"), 300, train=[str(p) for p in sources], ood={"poem": [str(folder / "poem.txt")]})
+    return str(folder / "data")
+
+
+def config(corpus, out, **more):
+    small = dict(size="xs", tokens=8192, batch_size=4, block_size=32, compile=False, log_every=4)
+    return distill.Config(data=corpus, out=str(out), **{**small, **more})
+
+
+def run_script(main, argv, monkeypatch, capsys, *errors):
+    """Run a script's main in this process -> (exit code, what it printed, its error lines)."""
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, argv)])
+    code = 0
+    try:
+        data.run(main, *errors)
+    except SystemExit as e:
+        code = e.code
+    out, err = capsys.readouterr()
+    return code, out, [line for line in err.splitlines() if line.strip()]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------------------
+# model.py
+
+def tiny(n_kv_head=2, tie=True, **more):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=61, block_size=24, n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32, tie_embeddings=tie)
+    return model.GPT(model.GPTConfig(**{**shape, **more})).eval()
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+@pytest.mark.parametrize("tie", [True, False])
+def test_logits_equal_transformers_llama(n_kv_head, tie):
+    transformers = pytest.importorskip("transformers")
+    ours = tiny(n_kv_head, tie)
+    with torch.no_grad():                                     # large enough weights for every part to matter
+        for p in ours.parameters():
+            p.mul_(5 if p.dim() == 2 else 1).add_(0.1 * torch.randn_like(p) if p.dim() == 1 else 0)
+    c = ours.config
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner, num_hidden_layers=c.n_layer,
+        num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+        rms_norm_eps=1e-5, rope_theta=c.rope_theta, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        tie_word_embeddings=tie)).eval()
+    named = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in ours.state_dict().items()}
+    missing, unexpected = theirs.load_state_dict(named, strict=False)
+    assert not unexpected and not [m for m in missing if "inv_freq" not in m]
+    idx = torch.randint(61, (3, 24))
+    with torch.no_grad():
+        assert torch.allclose(ours(idx), theirs(idx).logits, atol=1e-4)
+    assert sum(p.numel() for p in theirs.parameters()) == model.count_parameters(c)
+
+
+def test_forward_is_the_head_of_hidden_and_causal():
+    m, idx = tiny(), torch.randint(61, (2, 24))
+    logits = m(idx)
+    assert m.hidden(idx).shape == (2, 24, 32) and torch.equal(logits, m.lm_head(m.hidden(idx)))
+    changed = idx.clone()
+    changed[:, 10:] = (changed[:, 10:] + 1) % 61
+    assert torch.allclose(m(changed)[:, :10], logits[:, :10], atol=1e-6)
+    assert not torch.allclose(m(changed)[:, 10:], logits[:, 10:], atol=1e-3)
+    with pytest.raises(ValueError, match="context"):
+        m(torch.zeros(1, 25, dtype=torch.long))
+
+
+@pytest.mark.parametrize("size", model.SIZES)
+def test_parameters_and_flops_from_the_shapes(size):
+    from torch.utils.flop_counter import FlopCounterMode
+    c = model.GPTConfig(512, 64, **model.SIZES[size])
+    with torch.device("meta"):
+        m, idx = model.GPT(c), torch.zeros(2, 64, dtype=torch.long)
+        assert sum(p.numel() for p in m.parameters()) == model.count_parameters(c)
+        with FlopCounterMode(display=False) as counter:
+            out = m(idx)
+        assert counter.get_total_flops() == 2 * 64 * model.flops_per_token(c)
+        if c.n_head == c.n_kv_head or size in ("xs", "s"):
+            with FlopCounterMode(display=False) as counter:
+                m(idx).sum().backward()
+            assert counter.get_total_flops() >= 2 * 64 * model.flops_per_token(c, backward=True)
+    assert out.shape == (2, 64, 512)
+
+
+def test_paper_sizes_have_their_names_parameters():
+    for size, n in (("0.7B", 0.7e9), ("1.7B", 1.7e9), ("3.8B", 3.8e9), ("8.0B", 8.0e9)):
+        assert abs(model.count_parameters(model.GPTConfig(128_256, 8192, **model.SIZES[size])) / n - 1) < 0.03
+    for size, n in (("30M", 30e6), ("60M", 60e6), ("124M", 124e6), ("350M", 350e6)):
+        assert abs(model.count_parameters(model.GPTConfig(50_304, 1024, **model.SIZES[size])) / n - 1) < 0.05
+
+
+def test_generate():
+    m, idx = tiny(), torch.randint(61, (2, 5))
+    greedy = m.generate(idx, 30, temperature=0)               # beyond the context, which slides
+    assert greedy.shape == (2, 35) and torch.equal(greedy[:, :5], idx)
+    assert torch.equal(greedy[:, 5], m(idx)[:, -1].argmax(-1))
+    assert torch.equal(m.generate(idx, 4, top_k=1), greedy[:, :9])
+    top = m(idx)[:, -1].topk(3).indices
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert (m.generate(idx, 1, temperature=5.0, top_k=3)[:, -1:] == top).any(-1).all()
+
+
+def test_checkpoint_round_trip_and_damage(tmp_path):
+    m, path = tiny(tie=False), tmp_path / "ckpt.pt"
+    model.save_checkpoint(str(path), m, note="kept", numbers=[1, 2.5])
+    again, extra = model.load_checkpoint(str(path))
+    assert same(again.state_dict(), m.state_dict()) and extra == {"note": "kept", "numbers": [1, 2.5]}
+    assert [p.name for p in tmp_path.iterdir()] == ["ckpt.pt"]
+    whole = path.read_bytes()
+    torch.save({"something": "else"}, tmp_path / "other.pt")
+    for bad in (b"", b"not a checkpoint", whole[:len(whole) // 2], whole[:-1], (tmp_path / "other.pt").read_bytes()):
+        path.write_bytes(bad)
+        with pytest.raises(model.CheckpointError):
+            model.load_checkpoint(str(path))
+    with pytest.raises(model.CheckpointError, match="no checkpoint"):
+        model.load_checkpoint(str(tmp_path / "absent.pt"))
+
+
+def test_heads_must_fit():
+    for wrong in (dict(n_head=3), dict(n_kv_head=3), dict(n_layer=0), dict(n_embd=4, n_head=4)):
+        with pytest.raises(ValueError):
+            model.GPTConfig(**wrong)
+
+
+# ------------------------------------------------------------------------------
+# data.py
+
+def naive_bpe(text, vocab_size, pattern):
+    """Byte-pair encoding by the book: count every pair anew for each merge."""
+    words = Counter(tuple(bytes([b]) for b in w.encode()) for w in regex.findall(pattern, text))
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) < vocab_size:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = max(pairs, key=lambda p: (pairs[p], p))
+        ranks[best[0] + best[1]] = len(ranks)
+        merged = Counter()
+        for word, n in words.items():
+            out, i = [], 0
+            while i < len(word):
+                step = 2 if word[i:i + 2] == best else 1
+                out.append(b"".join(word[i:i + step]))
+                i += step
+            merged[tuple(out)] += n
+        words = merged
+    return ranks
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_bpe_merges_equal_counting_anew(seed):
+    draw = random.Random(seed)
+    alphabet = draw.choice(["ab", "abc ", "aé漢 ", "ab\n 12.", "a"])
+    text = "".join(draw.choice(alphabet) for _ in range(draw.choice([0, 1, 40, 400, 2000])))
+    size = draw.choice([256, 257, 270, 330])
+    assert list(data.train_bpe(text, size, data.PATTERN).items()) == list(naive_bpe(text, size, data.PATTERN).items())
+
+
+def test_bpe_on_real_code_against_tiktoken():
+    from tiktoken._educational import SimpleBytePairEncoding
+    text = (HERE / "data.py").read_text()
+    ranks = data.train_bpe(text, 420, data.PATTERN)
+    assert ranks == naive_bpe(text, 420, data.PATTERN)
+    encoding, plain = data.make_encoding(ranks, data.PATTERN), SimpleBytePairEncoding(pat_str=data.PATTERN, mergeable_ranks=ranks)
+    for sample in (text, (HERE / "model.py").read_text(), "naïve 漢字 \x00\r\n\t  x  ", ""):
+        ids = encoding.encode_ordinary(sample)
+        assert ids == plain.encode(sample, visualise=None) and encoding.decode(ids) == sample
+    assert encoding.n_vocab == 421 and encoding.eot_token == 420
+    with pytest.raises(data.DataError):
+        data.train_bpe(text, 255)
+
+
+def documents_of(folder, name):
+    """The documents of a .bin, decoded."""
+    encoding, ids = data.load_tokenizer(folder), data.load_tokens(os.path.join(folder, f"{name}.bin"))
+    assert ids[-1] == encoding.eot_token
+    return encoding.decode(ids.tolist()).split(data.END_OF_TEXT)[:-1]
+
+
+def test_prepare_keeps_every_document_and_its_counts(tmp_path):
+    text = "\n\n".join(f"paragraph {i} " + "x é 漢 " * (i % 50) for i in range(2000))
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "b.txt").write_text("other text " * 1000)
+    out = str(tmp_path / "out")
+    meta = data.prepare("text", out, 280, train=[str(tmp_path / "a.txt")], ood={"b": [str(tmp_path / "b.txt")]})
+    train, val = documents_of(out, "train"), documents_of(out, "val")
+    assert sorted(p for piece in train + val for p in piece.split("\n\n") if p) == sorted(text.split("\n\n"))
+    assert not set(train) & set(val) and documents_of(out, "ood_b") == [(tmp_path / "b.txt").read_text() + "\n\n"]
+    for name, s in meta["sets"].items():
+        docs = documents_of(out, name)
+        assert s["documents"] == len(docs) and s["bytes"] == sum(len(d.encode()) for d in docs)
+        assert s["sha256"] == data.sha(Path(out, f"{name}.bin").read_bytes(), 64)
+    before = {p.name: p.stat().st_mtime_ns for p in Path(out).iterdir()}
+    assert data.prepare("text", out, 280, train=[str(tmp_path / "a.txt")], ood={"b": [str(tmp_path / "b.txt")]}) == meta
+    with pytest.raises(data.DataError, match="another corpus"):
+        data.prepare("text", out, 281, train=[str(tmp_path / "a.txt")], ood={"b": [str(tmp_path / "b.txt")]})
+    assert before == {p.name: p.stat().st_mtime_ns for p in Path(out).iterdir()}
+
+
+def test_split_moves_nothing_when_a_file_is_added():
+    documents = [(f"pkg/file{i}.py", f"text {i}") for i in range(2000)]
+    one = data.split_documents(documents, {"far": [("f", "far away"), ("copy", "text 3")]})
+    two = data.split_documents(documents + [(f"new/{i}.py", f"new {i}") for i in range(50)], {"far": [("f", "far away")]})
+    assert set(one["val"]) <= set(two["val"]) and set(one["train"]) <= set(two["train"])
+    assert 0.03 < len(one["val"]) / 2000 < 0.07
+    assert one["ood_far"] == [("f", "far away")]              # a copy of an in-domain document is no test of anything
+    assert [d for d in two["train"] if d in one["train"]] == one["train"]
+
+
+def test_python_corpus_keeps_its_domains_apart():
+    in_domain, ood = data.python_corpus()
+    tops = {name.split("/")[0] for name, _ in in_domain}
+    assert tops == {"stdlib", "torch"} and set(ood) == {"sympy", "numpy", "networkx", "cpp", "prose"}
+    assert not [n for n, _ in in_domain if "site-packages" in n or "pydoc_data" in n or not n.endswith(".py")]
+    assert all(sum(len(t) for _, t in docs) > 500_000 for docs in ood.values())
+    assert any(name == "topics/lambda" and "anonymous functions" in text for name, text in ood["prose"])
+
+
+def test_batches_are_a_function_of_seed_and_step(corpus):
+    path = os.path.join(corpus, "train.bin")
+    tokens, b = data.load_tokens(path), data.Batches(path, 3, 16, seed=5)
+    seen, n = [], b.n
+    for step in range(math.ceil(2 * n / 3)):
+        x, y = b[step]
+        assert x.shape == y.shape == (3, 16) and x.dtype == y.dtype == torch.int64
+        assert torch.equal(x[:, 1:], y[:, :-1])
+        seen += [tuple(row.tolist()) for row in torch.cat([x, y[:, -1:]], 1)]
+    windows = [tuple(tokens[i * 16:i * 16 + 17].tolist()) for i in range(n)]
+    assert sorted(seen[:n]) == sorted(windows) and sorted(seen[n:2 * n]) == sorted(windows)
+    assert seen[:n] != seen[n:2 * n] and seen[:n] != windows
+    again = data.Batches(path, 3, 16, seed=5)
+    for step in (2 * n // 3 - 1, 0, n // 3, 1):               # any order, also across the end of an epoch
+        assert torch.equal(again[step][0], b[step][0])
+    assert not torch.equal(data.Batches(path, 3, 16, seed=6)[0][0], b[0][0])
+
+
+def test_big_vocabularies_are_uint32(tmp_path):
+    ids = np.array([0, 65535, 65536, 128_000, 7, 8], dtype=np.uint32)
+    (tmp_path / "train.bin").write_bytes(ids.tobytes())
+    meta = {"fingerprint": "f", "tokenizer": "t", "vocab_size": 128_256, "dtype": "uint32", "sets": {"train": {"tokens": 6}}}
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert data.Batches(str(tmp_path / "train.bin"), 1, 5, 0)[0][1].tolist() == [[65535, 65536, 128_000, 7, 8]]
+
+
+# ------------------------------------------------------------------------------
+# distill.py
+
+def pair(seed=0, B=2, T=5, C=8, C2=12, V=11):
+    g = torch.Generator().manual_seed(seed)
+    def randn(*shape):
+        return torch.randn(*shape, generator=g)
+    return randn(B, T, C), randn(V, C), torch.randint(V, (B, T), generator=g), randn(B, T, C2), randn(V, C2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_loss_equals_torchs_own(alpha, temperature):
+    hidden, weight, targets, th, tw = pair()
+    loss, ce, kl = distill.distill_loss(hidden, weight, targets, alpha, th, tw, temperature)
+    z, t = hidden @ weight.T, th @ tw.T
+    ce2 = F.cross_entropy(z.view(-1, 11), targets.view(-1))
+    kl2 = F.kl_div((z / temperature).log_softmax(-1).view(-1, 11), (t / temperature).log_softmax(-1).view(-1, 11),
+                   log_target=True, reduction="batchmean")
+    assert torch.allclose(ce, ce2) and torch.allclose(kl, kl2, atol=1e-6)
+    assert torch.allclose(loss, (1 - alpha) * ce2 + alpha * temperature**2 * kl2, atol=1e-5)
+    assert torch.allclose(distill.distill_loss(hidden, weight, targets, 0.0)[0], ce2)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+def test_gradient_in_closed_form_and_by_finite_differences(alpha):
+    hidden, weight, targets, th, tw = pair(1)
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+    th, tw = th.requires_grad_(), tw.requires_grad_()
+    distill.distill_loss(hidden, weight, targets, alpha, th, tw)[0].backward()
+    assert th.grad is None and tw.grad is None                # the teacher is frozen
+    z, t = hidden @ weight.T, th @ tw.T
+    dz = (z.softmax(-1) - (1 - alpha) * F.one_hot(targets, 11) - alpha * t.softmax(-1)) / targets.numel()
+    assert torch.allclose(hidden.grad, dz @ weight, atol=1e-6)
+    assert torch.allclose(weight.grad, dz.flatten(0, 1).T @ hidden.flatten(0, 1), atol=1e-6)
+    with torch.no_grad():
+        for i in range(3):
+            moved = torch.zeros_like(weight)
+            moved[i, i] = 1e-2
+            up, down = (distill.distill_loss(hidden, weight + s * moved, targets, alpha, th, tw)[0] for s in (1, -1))
+            assert abs((up - down).item() / 2e-2 - weight.grad[i, i].item()) < 1e-4
+
+
+def test_pure_distillation_from_oneself_is_at_its_minimum():
+    hidden, weight, targets, _, _ = pair(2)
+    weight.requires_grad_()
+    loss, _, kl = distill.distill_loss(hidden, weight, targets, 1.0, hidden, weight.detach(), 2.0)
+    loss.backward()
+    assert abs(kl.item()) < 1e-6 and weight.grad.abs().max() < 1e-6
+
+
+def test_learning_rate_warms_up_and_falls_to_its_floor():
+    c = distill.Config(lr=1.0, min_lr=0.1, warmup=0.1)
+    rates = [distill.learning_rate(c, s, 200) for s in range(200)]
+    assert rates[0] == 1 / 20 and max(rates) == rates[19] == 1.0 and 0.1 < rates[-1] < 0.101
+    assert all(a > b for a, b in zip(rates[20:], rates[21:])) and abs(rates[110] - 0.55) < 1e-9
+
+
+def test_decay_is_for_matrices_only(corpus):
+    shape = model.GPTConfig(300, 32, **model.SIZES["xs"])
+    student = distill.Student(shape, 0.0, config(corpus, "x"), torch.device("cpu"), torch.float32)
+    matrices, vectors = student.optimizer.param_groups
+    assert all(p.dim() == 2 for p in matrices["params"]) and matrices["weight_decay"] == 0.1
+    assert all(p.dim() == 1 for p in vectors["params"]) and vectors["weight_decay"] == 0.0
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(student.model.parameters()))
+
+
+def test_training_repeats_and_many_alphas_equal_one_at_a_time(corpus, tmp_path):
+    kept = distill.train(config(corpus, tmp_path / "teacher", seed=9, checkpoints=(2048, 4096)))
+    assert [k["tokens"] for k in kept] == [2048, 4096, 8192]
+    assert not same(weights(kept[0]["path"]), weights(kept[2]["path"]))
+    short_run = distill.train(config(corpus, tmp_path / "again", seed=9))
+    assert same(weights(short_run[0]["path"]), weights(kept[2]["path"]))
+    teacher = kept[-1]["path"]
+    together = distill.train(config(corpus, tmp_path / "together", size="s", teacher=teacher, alpha=(0.0, 0.25, 1.0)))
+    for k in together:
+        assert f"alpha_{k['alpha']:g}" in k["path"]
+        alone = config(corpus, tmp_path / f"alone{k['alpha']}", size="s", alpha=(k["alpha"],), teacher=teacher if k["alpha"] else "")
+        assert same(weights(distill.train(alone)[0]["path"]), weights(k["path"]))
+    log = [json.loads(line) for line in open(tmp_path / "together" / "log.jsonl")]
+    assert [line["step"] for line in log] == [*range(0, 64, 4), 63] and log[-1]["ce"][0] < log[0]["ce"][0] - 0.5
+    assert log[-1]["kl"][2] < log[-1]["kl"][1]                # pure distillation comes nearest to the teacher
+    assert not list(tmp_path.rglob("state.pt")) and not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_finished_run_is_not_repeated_nor_overwritten(corpus, tmp_path):
+    first = distill.train(config(corpus, tmp_path))
+    before = os.stat(first[0]["path"]).st_mtime_ns
+    assert distill.train(config(corpus, tmp_path)) == first
+    with pytest.raises(distill.ConfigError, match="other settings"):
+        distill.train(config(corpus, tmp_path, lr=1e-3))
+    assert os.stat(first[0]["path"]).st_mtime_ns == before
+
+
+def test_accumulation_equals_a_bigger_batch(corpus, tmp_path):
+    a = distill.train(config(corpus, tmp_path / "a", batch_size=4, accumulate=2))[0]["path"]
+    b = distill.train(config(corpus, tmp_path / "b", batch_size=8))[0]["path"]
+    for k, v in weights(a).items():
+        assert torch.allclose(v, weights(b)[k], atol=1e-3)
+
+
+def test_low_precision_and_temperature_train(corpus, tmp_path):
+    teacher = distill.train(config(corpus, tmp_path / "t", dtype="bfloat16"))[0]["path"]
+    student = distill.train(config(corpus, tmp_path / "s", dtype="bfloat16", teacher=teacher, alpha=(0.5,), temperature=2.0))
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in weights(student[0]["path"]).values())
+
+
+def test_compiled_loss_and_model_equal_the_plain_ones(corpus, tmp_path):
+    if not distill.compiler_works(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    teacher = distill.train(config(corpus, tmp_path / "t"))[0]["path"]
+    runs = {c: distill.train(config(corpus, tmp_path / str(c), tokens=1024, teacher=teacher, alpha=(0.3, 1.0), compile=c))
+            for c in (True, False)}
+    for fast, plain in zip(runs[True], runs[False]):
+        for k, v in weights(fast["path"]).items():
+            assert torch.allclose(v, weights(plain["path"])[k], atol=2e-3)
+
+
+def test_no_compiler_means_eager_and_a_word_about_it(monkeypatch, capsys):
+    def broken(*_, **__):
+        raise RuntimeError("no compiler")
+    monkeypatch.setattr(torch, "compile", broken)
+    distill.compiler_works.cache_clear()
+    assert not distill.compiler_works(torch.device("cpu"))
+    distill.compiler_works.cache_clear()
+    assert "eager mode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_goes_on_as_if_never_stopped(corpus, tmp_path, signal_number):
+    argv = ["--data", corpus, "--size", "xs", "--tokens", "64K", "--batch_size", "4", "--block_size", "32", "--compile", "false"]
+    whole = distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "whole"), "--checkpoints", "32K"]))
+    command = [sys.executable, "distill.py", *argv, "--out", str(tmp_path / "parts"), "--checkpoints", "32K"]
+    process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    log = tmp_path / "parts" / "log.jsonl"
+    while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > 3):
+        time.sleep(0.02)
+    process.send_signal(signal_number)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal_number and "the same command goes on" in err, err
+    parts = distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "parts"), "--checkpoints", "32K"]))
+    assert [same(weights(p["path"]), weights(w["path"])) for p, w in zip(parts, whole)] == [True, True]
+    def steps(run):
+        return [json.loads(line)["step"] for line in open(tmp_path / run / "log.jsonl")]
+    assert steps("parts") == steps("whole")
+
+
+def test_every_field_is_a_flag_with_its_default():
+    assert distill.parse_config([]) == distill.Config()
+    assert {f.name for f in fields(distill.Config)} >= {"teacher", "alpha", "temperature", "tokens", "seed", "compile"}
+    c = distill.parse_config("--teacher t.pt --alpha 0.1,0.25,0.5 --tokens 3M --checkpoints 1M,2M --compile false".split())
+    assert (c.alpha, c.tokens, c.checkpoints, c.compile) == ((0.1, 0.25, 0.5), 3145728, (1048576, 2097152), False)
+    for n in (1, 1000, 1024, 3 * 2**20, 5 * 2**18, 2**30, 10**9):
+        assert distill.count(distill.short(n)) == n
+
+
+# ------------------------------------------------------------------------------
+# eval.py
+
+def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
+    m = tiny(vocab_size=300)
+    metrics = evaluation.evaluate(m, corpus, windows=1000)
+    assert set(metrics) == {"in_domain", "ood/poem"}
+    for name, file in (("in_domain", "val"), ("ood/poem", "ood_poem")):
+        tokens = torch.from_numpy(data.load_tokens(os.path.join(corpus, f"{file}.bin")).astype(np.int64))
+        n = (len(tokens) - 1) // 24
+        x, y = tokens[:n * 24].view(n, 24), tokens[1:n * 24 + 1].view(n, 24)
+        with torch.no_grad():
+            for half, part in (("select", slice(0, n // 2)), ("report", slice(n // 2, n))):
+                expected = F.cross_entropy(m(x[part]).flatten(0, 1), y[part].flatten()).item()
+                assert abs(metrics[name][half] - expected) < 1e-4
+    rows = evaluation.read_windows(os.path.join(corpus, "train.bin"), 24, 5)
+    assert rows["select"].shape == rows["report"].shape == (5, 25)
+    assert not {tuple(r.tolist()) for r in rows["select"]} & {tuple(r.tolist()) for r in rows["report"]}
+
+
+def test_untrained_model_is_at_chance_and_bits_per_byte_follow(corpus, tmp_path):
+    m = tiny(vocab_size=300)
+    model.save_checkpoint(str(tmp_path / "m.pt"), m, tokenizer=data.load_meta(corpus)["tokenizer"])
+    found = evaluation.describe(str(tmp_path / "m.pt"), corpus, 10**6, "cpu")
+    s, meta = found["sets"]["in_domain"], data.load_meta(corpus)["sets"]["val"]
+    assert abs(s["loss"] - math.log(300)) < 0.1 and abs(s["perplexity"] - math.exp(s["loss"])) < 1e-9
+    assert abs(s["bits_per_byte"] - s["loss"] / math.log(2) / meta["bytes_per_token"]) < 0.03 * s["bits_per_byte"]
+
+
+def test_eval_prints_tables_and_json(corpus, tmp_path, monkeypatch, capsys):
+    paths = [k["path"] for k in distill.train(config(corpus, tmp_path, checkpoints=(4096,)))]
+    code, out, err = run_script(evaluation.main, [*paths, "--data", corpus], monkeypatch, capsys)
+    assert code == 0 and out.count("in_domain") == 1 and "ood/poem" in out and "[1]" in out
+    code, out, err = run_script(evaluation.main, [*paths, "--data", corpus, "--json"], monkeypatch, capsys)
+    found = json.loads(out)
+    assert [c["tokens"] for c in found] == [4096, 8192] and set(found[0]["sets"]["in_domain"]) >= {"select", "report", "bits_per_byte"}
+    assert found[1]["sets"]["in_domain"]["loss"] < found[0]["sets"]["in_domain"]["loss"]
+
+
+# ------------------------------------------------------------------------------
+# sweep.py: the statistics
+
+def test_interval_is_students():
+    mean, half = sweep.interval([1.0, 2.0, 4.0])
+    assert abs(mean - 7 / 3) < 1e-12 and abs(half - 4.303 * 1.527525 / math.sqrt(3)) < 1e-4
+    assert sweep.interval([3.0]) == (3.0, math.inf)
+    rng, hits = random.Random(0), 0
+    for _ in range(2000):                                     # it holds the truth 95 times in 100
+        mean, half = sweep.interval([rng.gauss(5, 2) for _ in range(4)])
+        hits += abs(mean - 5) <= half
+    assert 0.935 < hits / 2000 < 0.965
+
+
+def made_up(gains, seeds=(1, 2, 3), noise=0.001):
+    """Rows in which the student alone has loss 2.5 in and 3.0 out; gains: {(size, tokens, own loss): {alpha: (in, out)}}."""
+    def row(kind, size, tokens, seed, teacher, alpha, inside, outside):
+        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1}
+        return {"kind": kind, "size": size, "tokens": tokens, "seed": seed, "teacher": teacher, "alpha": alpha,
+                "metrics": {k: {"select": v, "report": v} for k, v in metrics.items()}}
+    rows = []
+    for s in seeds:
+        level = 0.05 * s                                      # seeds differ, and pairing takes that out
+        rows.append(row("student", "s", 3, s, None, 0.0, 2.5 + level, 3.0 + level))
+        for (size, tokens, own), by_alpha in gains.items():
+            rows.append(row("teacher", size, tokens, 1000 + s, None, 0.0, own, own))
+            for alpha, (inside, outside) in by_alpha.items():
+                wobble = noise * (s - 2)
+                rows.append(row("student", "s", 3, s, {"size": size, "tokens": tokens}, alpha,
+                                2.5 + level - inside - wobble, 3.0 + level - outside - wobble))
+    return rows
+
+
+def verdicts(rows):
+    return [paragraph.split("**")[1].split(": ")[1].rstrip(".") for paragraph in sweep.findings(sweep.Gains(rows, "s"))]
+
+
+PAPER_LIKE = {("xs", 8, 2.9): {0.25: (-0.01, 0.04), 1.0: (-0.3, -0.2)}, ("s", 8, 2.4): {0.25: (0.03, 0.05), 1.0: (0.05, 0.08)},
+              ("m", 8, 2.2): {0.25: (0.03, 0.06), 1.0: (0.1, 0.12)}, ("l", 8, 2.0): {0.25: (0.03, 0.06), 1.0: (0.08, 0.10)}}
+OPPOSITE = {("xs", 8, 2.9): {0.25: (-0.01, -0.04)}, ("s", 8, 2.4): {0.25: (0.05, 0.02)}, ("m", 8, 2.2): {0.25: (0.15, 0.06)}}
+
+
+def test_verdicts_on_made_up_results():
+    assert verdicts(made_up(PAPER_LIKE)) == ["reproduced"] * 3
+    assert verdicts(made_up(OPPOSITE)) == ["not reproduced"] * 3
+    assert verdicts(made_up(PAPER_LIKE, seeds=(1,))) == ["too few seeds (1), seen"] * 3
+    assert verdicts(made_up(OPPOSITE, seeds=(1, 2))) == ["too few seeds (2), not seen"] * 3
+    noisy = verdicts(made_up({k: v for k, v in PAPER_LIKE.items() if k[0] == "xs"} | {("m", 8, 2.2): {0.25: (0.0, 0.1)}}, noise=0.1))
+    assert noisy[0] == "not reproduced"                       # the mean is above zero, its interval is not
+    text = sweep.findings(sweep.Gains(made_up(PAPER_LIKE), "s"))
+    assert "from m@8 to l@8 it reverses (-0.020" in text[1] and "xs@8 at alpha 0.25" in text[2] and "xs@8, whose own" in text[0]
+
+
+def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
+    rows = made_up({("m", 8, 2.2): {0.25: (0.1, 0.10), 1.0: (0.2, 0.20)}}, noise=0)
+    for row in rows:
+        if row["teacher"] and row["alpha"] == 0.25:           # looks best on select only
+            for v in row["metrics"].values():
+                v["select"] -= 0.5
+    g = sweep.Gains(rows, "s")
+    assert set(g.best_alpha(("m", 8)).values()) == {0.25}
+    assert all(abs(v - 0.1) < 1e-9 for v in g.best(("m", 8), "out").values())
+    text = sweep.report(g, "made up")
+    assert "| m@8 | -0.400 | 0.25, 0.25, 0.25 | +0.100 ± 0.000 | +0.100 ± 0.000 |" in text
+    assert "#" in sweep.chart(g)
+
+
+def test_no_weak_teacher_is_said():
+    assert "not tested" in sweep.findings(sweep.Gains(made_up({("m", 8, 2.2): {0.25: (0.1, 0.1)}, ("l", 8, 2.1): {0.25: (0.1, 0.1)}}), "s"))[0]
+
+
+# ------------------------------------------------------------------------------
+# sweep.py: the runs
+
+TINY = ["--scale", "smoke", "--jobs", "2"]
+
+
+def results(folder):
+    return sorted((json.loads(line) for line in open(folder / "results.jsonl")), key=lambda r: json.dumps({**r, "seconds": 0}))
+
+
+def test_smoke_sweep_killed_and_started_again_equals_one_never_stopped(corpus, tmp_path):
+    command = [sys.executable, "sweep.py", *TINY, "--data", corpus]
+    whole = subprocess.run([*command, "--out", tmp_path / "whole"], cwd=HERE, capture_output=True, text=True)
+    assert whole.returncode == 0 and "A weak teacher helps a stronger student" in whole.stdout, whole.stderr
+    rows = results(tmp_path / "whole")
+    scale = sweep.SCALES["smoke"]
+    keys = [sweep.rows_of(task, scale, rows[0]["corpus"]) for task in sweep.plan(scale)]
+    assert len(rows) == sum(map(len, keys)) and all({k: r[k] for k in keys[0][0]} in sum(keys, []) for r in rows)
+    assert all(0 < v["report"] < 7 for r in rows for v in r["metrics"].values())
+    made = {p.name for p in (tmp_path / "whole").iterdir()}
+    assert made >= {"results.jsonl", "report.md", "runs"}
+    if importlib.util.find_spec("matplotlib"):
+        assert made >= {"findings.png", "findings.svg"}
+
+    process = subprocess.Popen([*command, "--out", tmp_path / "parts"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not (tmp_path / "parts" / "results.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)                        # to the main process alone, as a job scheduler would
+    process.communicate(timeout=60)
+    assert process.returncode == 130
+    half = results(tmp_path / "parts")
+    assert 0 < len(half) < len(rows)
+    again = subprocess.run([*command, "--out", tmp_path / "parts"], cwd=HERE, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    parts = results(tmp_path / "parts")
+    assert [r["metrics"] for r in parts] == [r["metrics"] for r in rows]
+    assert [r for r in half if r not in parts] == []          # what was finished was not done again
+    third = subprocess.run([*command, "--out", tmp_path / "parts"], cwd=HERE, capture_output=True, text=True)
+    assert "tasks" not in third.stdout and results(tmp_path / "parts") == parts
+
+
+@pytest.mark.parametrize("scale", ["smoke", "paper", "gpu", "full"])
+def test_dry_run_prints_every_run_and_does_nothing(scale, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run_script(sweep.main, ["--scale", scale, "--dry_run"], monkeypatch, capsys)
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert sum(line.startswith(("teacher", "student")) for line in out.splitlines()) == len(sweep.plan(sweep.SCALES[scale]))
+    assert ("GPU-hours on an H100" in out) == (scale in ("paper", "gpu"))
+    torch.set_num_threads(2)
+
+
+# ------------------------------------------------------------------------------
+# bad input: one line, exit code 2, nothing written
+
+@pytest.fixture
+def broken(corpus, tmp_path, monkeypatch):
+    """A folder of damaged things, and a good teacher of another tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    def copy(name):
+        (tmp_path / name).mkdir()
+        for p in Path(corpus).iterdir():
+            (tmp_path / name / p.name).write_bytes(p.read_bytes())
+        return tmp_path / name
+    cut = copy("cut") / "train.bin"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    cut = copy("cut_val") / "val.bin"
+    cut.write_bytes(cut.read_bytes()[:-2])
+    (copy("bad_meta") / "meta.json").write_text("{}")
+    (copy("bad_tokenizer") / "tokenizer.json").write_text('{"tokens": 3}')
+    good = tiny(vocab_size=300, block_size=32)
+    model.save_checkpoint("other.pt", good, tokenizer="0000")
+    model.save_checkpoint("short.pt", good, tokenizer=data.load_meta(corpus)["tokenizer"])
+    Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:500])
+    Path("text.pt").write_text("hello")
+    Path("latin.txt").write_bytes(b"caf\xe9 " * 100)
+    Path("tiny.txt").write_text("a few words")
+    Path("file").write_text("a file where a folder should be")
+    (tmp_path / "bad_results").mkdir()
+    Path("bad_results/results.jsonl").write_text('{"kind": "teacher"}\n')
+    return corpus
+
+
+D, E, S, P = distill.main, evaluation.main, sweep.main, data.main
+
+
+@pytest.mark.parametrize("main, argv, word", [
+    (D, "--unknown 1", "unknown"), (D, "--size huge", "size"), (D, "--alpha 1.5 --teacher other.pt", r"\[0, 1\]"),
+    (D, "--alpha -0.1 --teacher other.pt", r"\[0, 1\]"), (D, "--alpha nan --teacher other.pt", r"\[0, 1\]"),
+    (D, "--alpha x", "no list"), (D, "--alpha 0.5", "needs a --teacher"), (D, "--alpha 0.5,0.5 --teacher other.pt", "twice"),
+    (D, "--teacher other.pt", "teaches nothing"), (D, "--temperature 0", "temperature"), (D, "--temperature -1", "temperature"),
+    (D, "--tokens 0", "tokens"), (D, "--tokens 3X", "no number"), (D, "--tokens 100", "less than one step"),
+    (D, "--checkpoints 4M", "checkpoints"), (D, "--batch_size 0", "batch_size"), (D, "--lr -1", "lr"), (D, "--lr nan", "lr"),
+    (D, "--seed -1", "seed"), (D, "--compile maybe", "neither true nor false"), (D, "--dtype int8", "dtype"),
+    (D, "--data {corpus} --device cuda:99", "device"), (D, "--data {corpus} --device bananas", "device"), (D, "--accumulate 1.5", "accumulate"),
+    (D, "--data empty", "meta.json"), (D, "--data absent", "meta.json"), (D, "--data cut", "train.bin"),
+    (D, "--data bad_meta", "damaged"), (D, "--data {corpus} --batch_size 100000 --tokens 100M", "fewer than one batch"),
+    (D, "--data {corpus} --teacher absent.pt --alpha 0.5", "no checkpoint"),
+    (D, "--data {corpus} --teacher cut.pt --alpha 0.5", "damaged"), (D, "--data {corpus} --teacher text.pt --alpha 0.5", "damaged"),
+    (D, "--data {corpus} --teacher other.pt --alpha 0.5", "share a tokenizer"),
+    (D, "--data {corpus} --teacher short.pt --alpha 0.5", "block_size"), (D, "--data {corpus} --out file", "file"),
+    (E, "", "CKPT"), (E, "absent.pt --data {corpus}", "no checkpoint"), (E, "text.pt --data {corpus}", "damaged"),
+    (E, "other.pt --data {corpus}", "tokenizer"), (E, "other.pt --data empty", "meta.json"), (E, "short.pt --data cut_val", "val.bin"),
+    (E, "short.pt --data bad_tokenizer", "damaged"), (E, "short.pt --windows 0", "windows"),
+    (S, "--scale colossal", "scale"), (S, "--jobs 0", "jobs"), (S, "--seeds 1,1", "seeds"), (S, "--seeds x", "seeds"),
+    (S, "--scale smoke --data empty", "meta.json"), (S, "--scale gpu", "meta.json"), (S, "--scale smoke --data cut --out fresh", "train.bin"),
+    (S, "--scale smoke --data {corpus} --out file", "file"), (S, "--scale smoke --data {corpus} --out bad_results", "results.jsonl"),
+    (P, "--corpus poems", "corpus"), (P, "--vocab_size 10", "vocab_size"), (P, "--vocab_size x", "vocab_size"),
+    (P, "--corpus text", "--train"), (P, "--corpus text --train absent.txt", "absent.txt"), (P, "--corpus text --train empty", "empty"),
+    (P, "--corpus text --train latin.txt", "UTF-8"), (P, "--corpus text --train tiny.txt --ood far", "NAME=FILE"),
+    (P, "--corpus text --train tiny.txt", "more text"), (P, "--train tiny.txt", "--corpus text"),
+    (P, "--corpus text --train test_all.py --ood a=tiny.txt --out {corpus}", "another corpus"),
+])
+def test_bad_input(main, argv, word, broken, tmp_path, monkeypatch, capsys):
+    Path("test_all.py").write_bytes(Path(__file__).read_bytes())
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    argv = argv.format(corpus=broken).split()
+    if main in (D, S, P) and "--out" not in argv:
+        argv += ["--out", "fresh"]
+    code, out, err = run_script(main, argv, monkeypatch, capsys, distill.ConfigError, model.CheckpointError)
+    assert code == 2 and len(err) == 1 and err[0].startswith("error: ") and regex.search(word, err[0]), (code, err)
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+
+
+def test_help_names_every_flag(monkeypatch, capsys):
+    for main, flags in ((D, [f.name for f in fields(distill.Config)]), (S, ["scale", "out", "data", "seeds", "jobs", "dry_run"]),
+                        (E, ["data", "json", "windows"]), (P, ["corpus", "vocab_size", "out", "train", "ood"])):
+        code, out, err = run_script(main, ["--help"], monkeypatch, capsys)
+        assert code == 0 and all(f"--{flag}" in out for flag in flags)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tmp_path):
+    script = """
+import resource, sys, data, model
+resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))   # stands in for a full disk
+m = model.GPT(model.GPTConfig())
+data.run(lambda: model.save_checkpoint(sys.argv[1], m) if sys.argv[2] == "pt" else data.write(*sys.argv[1:], bytes(20_000)))
+"""
+    for what in ("pt", "x.bin"):
+        target = tmp_path / "ckpt.pt" if what == "pt" else tmp_path
+        done = subprocess.run([sys.executable, "-c", script, target, what], cwd=HERE, capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
