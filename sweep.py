@@ -7,7 +7,7 @@ Teachers x students x alphas x seeds -> the three findings, with intervals and a
 
 Prepares the corpus, trains every teacher (checkpoints on the way are the teachers at smaller budgets), a
 baseline and one student for each teacher and alpha, evaluates each, and writes below --out: results.jsonl
-(one line a run), report.md, findings.png and .svg, and runs/ with the checkpoints. Interrupt it when you
+(one line a run), report.md, findings_STUDENT.png and .svg, and runs/ with the checkpoints. Interrupt it when you
 like: the same command goes on.
 
 Follows "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857.
@@ -41,7 +41,7 @@ K, M, B = 2**10, 2**20, 2**30
 class Scale:
     """One experiment. A teacher's last budget is the length of its run, others are checkpoints on the way."""
     teachers: dict                   # size -> token budgets
-    students: dict                   # size -> tokens
+    students: dict                   # size -> tokens; the first is the main student
     alphas: tuple = (0.25, 0.5, 0.75, 1.0)
     seeds: tuple = (1,)              # of a student's weights and data; its teachers have 1000 + seed
     vocab_size: int = 512
@@ -51,9 +51,10 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale({"xs": (32 * K, 64 * K), "s": (64 * K,), "m": (64 * K,)}, {"s": 32 * K}, (0.25, 1.0),
+    "smoke": Scale({"xs": (32 * K, 64 * K), "s": (64 * K,), "m": (64 * K,)}, {"s": 32 * K, "xs": 16 * K}, (0.25, 1.0),
                    windows=16),
-    "laptop": Scale({"xs": (4 * M,), "s": (1 * M, 4 * M), "m": (4 * M,)}, {"s": 2 * M}),
+    "laptop": Scale({"xs": (4 * M,), "s": (1 * M, 4 * M), "m": (4 * M,)}, {"s": 2 * M, "xs": 1 * M},
+                    (0.25, 0.5, 1.0)),
     "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M},
                   (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3)),
     "gpu": Scale({size: (B // 2, 1 * B, 2 * B) for size in ("30M", "60M", "124M", "350M")}, {"124M": 1 * B},
@@ -384,12 +385,12 @@ def findings(g):
     return [first, second, third]
 
 
-def report(g, header):
-    """The whole report, in Markdown."""
+def report(g):
+    """The findings and all cells of one student size, in Markdown."""
     base, seeds = list(g.base.values()), f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
     sets = ", ".join(k[4:] for k in base[0]["metrics"] if k.startswith("ood/"))
     alone = {where: interval([loss_of(r, where) for r in base])[0] for where in ("in", "out")}
-    text = [f"# Distilling into the {g.size} student", "", header, "", "## Findings", ""]
+    text = [f"# Distilling into the {g.size} student", "", "## Findings", ""]
     text += [f"{i}. {paragraph}" for i, paragraph in enumerate(findings(g), 1)]
     text += ["", "Gains are in nats per token over the alpha = 0 student of the same seed, ± a 95 % t-interval over "
              f"{seeds}; out of distribution is the mean of {sets}. Alone, the student reaches {alone['in']:.3f} in "
@@ -516,19 +517,19 @@ def main():
     how = {"device": args.device, "compile": args.scale != "smoke" if args.compile is None else args.compile}
     rows = sweep(scale, data, out, jobs, how)
 
+    minutes = sum(r["seconds"] for r in rows) / 60
+    text = (f"`python sweep.py --scale {args.scale}`, seeds {','.join(map(str, scale.seeds))}; corpus {rows[0]['corpus']}; "
+            f"{minutes:.0f} minutes of training, {jobs} runs at a time, on {platform.machine()}, "
+            f"Python {platform.python_version()}, torch {torch.__version__}.\n")
     for size in scale.students:
-        g, suffix = Gains(rows, size), "" if len(scale.students) == 1 else f"_{size}"
-        minutes = sum(r["seconds"] for r in rows) / 60
-        text = report(g, f"`python sweep.py --scale {args.scale}`, seeds {','.join(map(str, scale.seeds))}; corpus "
-                      f"{rows[0]['corpus']}; {minutes:.0f} minutes of training, {jobs} runs at a time, on "
-                      f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.")
-        write(out, f"report{suffix}.md", f"{text}\n![the findings](findings{suffix}.png)\n".encode())
-        print("\n" + text)
+        g, figure = Gains(rows, size), f"findings_{size}"
+        text += f"\n{report(g)}\n![the findings]({figure}.png)\n"
         try:
-            draw(g, scale, os.path.join(out, f"findings{suffix}"))
+            draw(g, scale, os.path.join(out, figure))
         except ImportError:
             print(f"best gain out of distribution; for the figure: pip install matplotlib\n{chart(g)}")
-    print(f"{out}: report, figure and results.jsonl; {(time.time() - start) / 60:.1f} minutes")
+    write(out, "report.md", text.encode())
+    print(f"\n{text}\n{out}: report.md, figures, results.jsonl; {(time.time() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
