@@ -1,25 +1,42 @@
 """
-How good is a model: loss, perplexity and bits per byte, in domain and on every out-of-distribution set.
+How good is a model: loss in domain and out of distribution, downstream tasks, calibration, tokens.
 
-    python eval.py out/alone/ckpt.pt                                      # a table
-    python eval.py out/alone/ckpt.pt out/taught/alpha_0.25/ckpt.pt        # side by side
-    python eval.py out/alone/ckpt.pt --json                               # for another program
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt                            # a table, or --json
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt   # which tokens gain
+    python eval.py --write_tasks tasks                                             # the items as JSON lines
+    python eval.py out/alone/ckpt.pt --tasks tasks/recall.jsonl                    # score these, or your own
 
-Reads checkpoints of distill.py and the corpus folder of data.py; writes nothing. Every model sees the same
-windows of each set, and each set is cut in two halves from different documents: choose on `select`, quote
-from `report`.
+Reads checkpoints of distill.py and the corpus folder of data.py. Every model sees the same windows of each
+set and the same task items, cut in two halves from different documents: choose on `select`, quote from
+`report`.
+
+The tasks are made from held-out documents. Of next_line (four choices, after HellaSwag, arXiv 1905.07830) the
+accuracy normalised by length is quoted, of minimal_pair (two, after BLiMP, 1912.00582) the plain one, of
+recall (after LAMBADA, 1606.06031) the exact match of greedy decoding; scored as in EleutherAI's
+lm-evaluation-harness.
 """
+import ast
+import builtins
+import functools
 import json
+import keyword
 import math
 import os
+import random
+import re
+import warnings
+from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import DataError, Parser, load_meta, load_tokenizer, load_tokens, run
+from data import END_OF_TEXT, DataError, Parser, load_meta, load_tokenizer, load_tokens, run, write
 from model import CheckpointError, load_checkpoint
 
+
+# ------------------------------------------------------------------------------
+# token by token, over fixed windows
 
 def read_windows(path, block_size, n):
     """-> {"select": ids (<= n, block_size + 1), "report": the same}, evenly spaced over either half."""
@@ -36,15 +53,28 @@ def read_windows(path, block_size, n):
 
 
 @torch.no_grad()
-def token_losses(model, rows, batch_size=32):
-    """Loss in nats of every token but each row's first: rows (N, T + 1) -> (N, T), in float32."""
-    device = next(model.parameters()).device
-    losses = []
+def token_scores(model, rows, batch_size=32):
+    """
+    Rows (N, T + 1) -> three of (N, T), for every token but a row's first: its loss in nats, whether the
+    likeliest token was right, and the probability of the likeliest.
+    """
+    device, scores = next(model.parameters()).device, []
     for part in rows.split(batch_size):
         part = part.to(device)
-        logits = model(part[:, :-1]).float()                                 # (B, T, V)
-        losses.append(F.cross_entropy(logits.transpose(1, 2), part[:, 1:], reduction="none").cpu())
-    return torch.cat(losses)
+        logp = F.log_softmax(model(part[:, :-1]).float(), dim=-1)            # (B, T, V)
+        top, guess = logp.max(-1)
+        loss = -logp.gather(-1, part[:, 1:, None])[..., 0]
+        scores.append((loss.cpu(), (guess == part[:, 1:]).cpu(), top.exp().cpu()))
+    return tuple(torch.cat(s) for s in zip(*scores))
+
+
+def calibration_error(right, confidence, bins=15):
+    """Expected calibration error of top-1 predictions: mean |accuracy - confidence| over equal-width bins of
+    confidence, weighted by their size (Guo et al., arXiv 1706.04599). 0 is perfect."""
+    right, confidence = right.flatten().double(), confidence.flatten().double()
+    index = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right - confidence)
+    return gap.abs().sum().item() / len(right)
 
 
 def evaluation_sets(data_dir):
@@ -54,71 +84,409 @@ def evaluation_sets(data_dir):
     return {name: os.path.join(data_dir, f"{file}.bin") for name, file in names.items()}
 
 
-def evaluate(model, data_dir, windows=256):
+# ------------------------------------------------------------------------------
+# downstream tasks: an item is {"task", "context", "choices", "label"}; one choice alone means exact match
+
+CONTEXT, LINE = 160, 60                  # characters of context and of a line: an item fits 128 tokens
+MOST = 2000                              # items of a task
+
+
+def with_body(line):
+    """A stripped line as code that can stand alone."""
+    return line + " pass" if line.endswith(":") else line
+
+
+def parse(line):
+    """The syntax tree of a stripped line as text; None if it has none."""
+    try:
+        return ast.dump(ast.parse(with_body(line)))
+    except (SyntaxError, ValueError):
+        return None
+
+
+def words_of(text):
+    """The identifiers in a text, in order, keywords left out."""
+    return [w for w in re.findall(r"[A-Za-z_]\w*", text) if not keyword.iskeyword(w)]
+
+
+# Each rule gives every way in which it can break a line, seen below some lines that come before.
+
+def wrong_bracket(line, before):
+    """A closing bracket dropped, or of another kind."""
+    return [line[:m.start()] + other + line[m.end():]
+            for m in re.finditer(r"[)\]}]", line) for other in ("", ")", "]", "}")]
+
+
+def wrong_colon(line, before):
+    """The colon that opens a block dropped, or another sign in its place."""
+    return [line[:-1] + other for other in ("", ",", ";", ".")] if line.endswith(":") else []
+
+
+def wrong_keyword(line, before):
+    """A keyword in another's place."""
+    return [line[:m.start()] + other + line[m.end():] for m in re.finditer(r"[a-z]+", line)
+            if keyword.iskeyword(m[0]) for other in keyword.kwlist if other.islower()]
+
+
+def swapped_operands(line, before):
+    """The two sides of an operator exchanged, for operators to which that matters."""
+    matters = (ast.Sub, ast.Div, ast.Mod, ast.Pow, ast.In, ast.NotIn, ast.Lt, ast.LtE, ast.Gt, ast.GtE)
+    pairs = []
+    for node in ast.walk(ast.parse(with_body(line))):
+        if isinstance(node, ast.BinOp) and isinstance(node.op, matters):
+            pairs.append((node.left, node.right))
+        if isinstance(node, ast.Compare) and len(node.ops) == 1 and isinstance(node.ops[0], matters):
+            pairs.append((node.left, node.comparators[0]))
+    spans = [(a.col_offset, a.end_col_offset, b.col_offset, b.end_col_offset) for a, b in pairs]
+    return [line[:a] + line[c:d] + line[b:c] + line[a:b] + line[d:] for a, b, c, d in spans]
+
+
+def wrong_name(line, before):
+    """A name of the lines before in another such name's place."""
+    known = {w for w in words_of(before) if len(w) > 2}
+    return [line[:m.start()] + other + line[m.end():] for m in re.finditer(r"[A-Za-z_]\w*", line)
+            if m[0] in known for other in sorted(known - set(words_of(line)))]
+
+
+# rule -> its function, and whether the broken line must not parse (True) or must parse to another tree
+# (False)
+RULES = {"bracket": (wrong_bracket, True), "colon": (wrong_colon, True), "keyword": (wrong_keyword, True),
+         "operand": (swapped_operands, False), "name": (wrong_name, False)}
+
+
+def break_line(rule, line, before, draw, length):
     """
-    Loss in nats per token -> {"in_domain": half, "ood/NAME": half ...}, half = {"select": x, "report": x},
-    over `windows` windows of the model's block_size a half, at most. Raises DataError.
+    The line broken by a rule, or None. length(line) stays the same, and with it the number of tokens, so that a
+    line is not the likelier one just for being shorter.
     """
-    return {name: {half: token_losses(model, rows).mean().item()
-                   for half, rows in read_windows(path, model.config.block_size, windows).items()}
-            for name, path in evaluation_sets(data_dir).items()}
+    tree, (ways, must_fail) = parse(line), RULES[rule]
+    broken = ways(line, before) if tree and line.isascii() else []
+    for other in draw.sample(broken, min(len(broken), 10)):
+        new = parse(other)
+        if length(other) == length(line) and (new is None if must_fail else new not in (None, tree)):
+            return other
+
+
+def thin(items, most):
+    """At most so many of them, evenly spaced."""
+    return [items[k * len(items) // most] for k in range(most)] if len(items) > most else items
+
+
+def make_tasks(documents, encoding):
+    """Documents (any text for next_line, Python for the others) -> {task: items}, always the same."""
+    draw, found = random.Random(0), {"next_line": [], "recall": []} | {rule: [] for rule in RULES}
+    spread = Counter(w for text in documents for w in set(words_of(text)))    # name -> documents that have it
+    for d, text in enumerate(documents):
+        lines = [line.rstrip() for line in text.split("\n")]
+        fit = [i for i in range(1, len(lines))
+               if lines[i - 1] and len(lines[i].strip()) >= 10 and len(lines[i]) <= LINE]
+
+        def before(i):                                       # whole lines of context
+            text = "\n".join(lines[max(0, i - 20):i])
+            return text if len(text) <= CONTEXT else text[-CONTEXT:].partition("\n")[2]
+
+        def add(where, context, choices, label, **more):
+            item = {"task": where, **more, "context": context, "choices": choices, "label": label}
+            found[more.get("rule", where)].append((d, item))
+
+        for i in draw.sample(fit, min(len(fit), 40)):
+            line, context = lines[i].strip(), before(i)
+            indent = lines[i][:len(lines[i]) - len(line)]
+            if len(context) < CONTEXT / 4:
+                continue
+            # distractors with the same indentation, or telling the lines apart would be easy
+            others = sorted({lines[j] for j in fit if re.match(r"\s*", lines[j])[0] == indent} - {lines[i]})
+            others = [other for other in others if other.strip() not in context]
+            if len(others) >= 3:
+                choices, label = draw.sample(others, 3), draw.randrange(4)
+                choices.insert(label, lines[i])
+                add("next_line", context, ["\n" + choice for choice in choices], label)
+            for rule in RULES:
+                broken = break_line(rule, line, context, draw,
+                                    lambda text: len(encoding.encode_ordinary(f"\n{indent}{text}")))
+                if broken:
+                    choices, label = [f"\n{indent}{line}"], draw.randrange(2)
+                    choices.insert(1 - label, f"\n{indent}{broken}")
+                    add("minimal_pair", context, choices, label, rule=rule)
+        for i in fit:
+            # a name seen in the context, rare elsewhere, not yet in this line: only the context can tell it
+            m = re.search(r"(?<!\w)[A-Za-z]\w{3,}(?=\W*$)", lines[i])
+            start = lines[i][:m.start()] if m else ""
+            if (start.strip() and spread[m[0]] <= 3 and not hasattr(builtins, m[0])
+                    and m[0] in words_of(before(i)) and m[0] not in words_of(start) and parse(lines[i].strip())):
+                context = f"{before(i)}\n{start}"
+                space = len(context) - len(context.rstrip())
+                add("recall", context.rstrip(), [" " * space + m[0]], 0)
+
+    pairs = [pair for rule in RULES for pair in thin(found[rule], MOST // len(RULES))]
+    found = {"next_line": found["next_line"], "minimal_pair": sorted(pairs, key=lambda pair: pair[0]),
+             "recall": found["recall"]}
+    return {task: [item for _, item in thin(items, MOST)] for task, items in found.items()}
+
+
+@functools.cache
+def load_tasks(data_dir):
+    """{task: items} of a corpus folder's held-out documents; tasks of fewer than 100 items are left out."""
+    encoding = load_tokenizer(data_dir)
+    text = encoding.decode(load_tokens(os.path.join(data_dir, "val.bin")).tolist())
+    with warnings.catch_warnings():                          # of odd escapes in the lines that are parsed
+        warnings.simplefilter("ignore")
+        tasks = make_tasks(text.split(END_OF_TEXT)[:-1], encoding)
+    return {task: items for task, items in tasks.items() if len(items) >= 100}
+
+
+def read_items(path):
+    """Items from a file of JSON lines. Raises DataError."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            items = [json.loads(line) for line in f if line.strip()]
+        for item in items:
+            assert isinstance(item["context"], str) and all(isinstance(c, str) and c for c in item["choices"])
+            assert item["choices"] and item["label"] in range(len(item["choices"]))
+        assert items
+    except (ValueError, KeyError, TypeError, AssertionError):
+        raise DataError(f"{path} holds no task items: JSON lines with context, choices and label") from None
+    return items
+
+
+@torch.no_grad()
+def score_items(model, encoding, items, batch_size=64):
+    """
+    -> for each item (acc, acc_norm), 0 or 1: whether the right choice has the largest log-probability given
+    the context, in sum and per byte. With one choice both say whether greedy decoding gives it.
+
+    The continuation's tokens are those of context + choice after the context's, as in lm-evaluation-harness;
+    what does not fit the model's context is cut off on the left.
+    """
+    device, T, requests = next(model.parameters()).device, model.config.block_size, []
+    for n, item in enumerate(items):
+        start = len(encoding.encode_ordinary(item["context"]))
+        for c, choice in enumerate(item["choices"]):
+            ids = encoding.encode_ordinary(item["context"] + choice)
+            requests.append((ids[-T - 1:], min(T, len(ids) - start), n, c))
+    requests.sort(key=lambda request: len(request[0]))
+    total = [[0.0] * len(item["choices"]) for item in items]
+    exact = [False] * len(items)
+    for i in range(0, len(requests), batch_size):
+        part = requests[i:i + batch_size]
+        rows = torch.zeros(len(part), max(len(ids) for ids, *_ in part), dtype=torch.long)
+        for row, (ids, *_) in zip(rows, part):
+            row[:len(ids)] = torch.tensor(ids)               # padding on the right is never looked at
+        rows = rows.to(device)
+        logp = F.log_softmax(model(rows[:, :-1]).float(), dim=-1)
+        guess, logp = logp.argmax(-1).cpu(), logp.gather(-1, rows[:, 1:, None])[..., 0].cpu()
+        for row, g, p, (ids, k, n, c) in zip(rows.cpu(), guess, logp, part):
+            span = slice(len(ids) - 1 - k, len(ids) - 1)
+            total[n][c] = p[span].sum().item()
+            exact[n] = exact[n] or (len(items[n]["choices"]) == 1 and torch.equal(g[span], row[1:][span]))
+    results = []
+    for item, sums, greedy in zip(items, total, exact):
+        per_byte = [x / len(choice.encode()) for x, choice in zip(sums, item["choices"])]
+        right = tuple(int(s.index(max(s)) == item["label"]) for s in (sums, per_byte))
+        results.append(right if len(sums) > 1 else (int(greedy), int(greedy)))
+    return results
+
+
+def half_items(items, most):
+    """-> {"select": items, "report": items}, of the first and of the second half, `most` of each."""
+    middle = len(items) // 2
+    return {"select": thin(items[:middle], most), "report": thin(items[middle:], most)}
+
+
+# ------------------------------------------------------------------------------
+# everything about one model, and about three
+
+NORMED = ("next_line",)                  # tasks of which the accuracy normalised by length is quoted
+
+
+def evaluate(model, data_dir, windows=256, items=500):
+    """
+    -> {"in_domain": half, "ood/NAME": half ...} loss in nats per token over at most `windows` windows of the
+    model's block_size a half; "ece/SET": its calibration error; "task/NAME": accuracy, a fraction, over at
+    most `items` items a half. half = {"select": x, "report": x}. Raises DataError.
+    """
+    metrics = {}
+    for name, path in evaluation_sets(data_dir).items():
+        for half, rows in read_windows(path, model.config.block_size, windows).items():
+            loss, right, confidence = token_scores(model, rows)
+            metrics.setdefault(name, {})[half] = loss.mean().item()
+            metrics.setdefault(f"ece/{name}", {})[half] = calibration_error(right, confidence)
+    for task, all_items in load_tasks(data_dir).items():
+        halves = metrics[f"task/{task}"] = {}
+        for half, part in half_items(all_items, items).items():
+            scores = score_items(model, load_tokenizer(data_dir), part)
+            halves[half] = sum(s[task in NORMED] for s in scores) / len(scores)
+    return {name: {half: round(x, 6) for half, x in halves.items()} for name, halves in metrics.items()}
 
 
 def bytes_per_token(data_dir, block_size, windows):
-    """-> {set: {half: mean UTF-8 bytes of the tokens that evaluate() scores}}; end-of-text counts as none."""
+    """-> {set: mean UTF-8 bytes of the tokens that evaluate() scores}; end-of-text counts as none."""
     encoding = load_tokenizer(data_dir)
     length = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)] + [0]
     length = torch.tensor(length, dtype=torch.float32)
-    return {name: {half: length[rows[:, 1:]].mean().item()
-                   for half, rows in read_windows(path, block_size, windows).items()}
-            for name, path in evaluation_sets(data_dir).items()}
+    sizes = {}
+    for name, path in evaluation_sets(data_dir).items():
+        rows = torch.cat(list(read_windows(path, block_size, windows).values()))
+        sizes[name] = length[rows[:, 1:]].mean().item()
+    return sizes
 
 
-def describe(path, data_dir, windows, device):
-    """Evaluate one checkpoint -> what --json prints of it. Raises CheckpointError, DataError."""
+def token_gains(base, student, teacher, data_dir, windows=256):
+    """
+    Where does the student gain on the baseline? -> {"in_domain": x, "out": x}, x = {"gain": nats per token,
+    "deciles": [(mean baseline loss, gain)], of tokens sorted by the baseline's loss, "groups": {name: (share,
+    gain)}}, the groups by who predicts the token right (argmax). shares times gains add up to the whole gain.
+
+    Sorting by the baseline's own loss makes any second model, as good but different, look better on the hard
+    tokens and worse on the easy ones: compare with a baseline of another seed in the student's place.
+    """
+    found, sets = {}, evaluation_sets(data_dir)
+    for where in ("in_domain", "out"):
+        names = [name for name in sets if (name == "in_domain") == (where == "in_domain")]
+        rows = [read_windows(sets[name], base.config.block_size, windows) for name in names]
+        rows = torch.cat([half for halves in rows for half in halves.values()])
+        scores = [token_scores(model, rows) for model in (base, student, teacher)]
+        (b, b_right, _), (s, _, _), (_, t_right, _) = scores
+        gain, order = (b - s).flatten().double(), b.flatten().argsort()
+        groups = {"teacher and baseline": t_right & b_right, "teacher only": t_right & ~b_right,
+                  "baseline only": ~t_right & b_right, "neither": ~t_right & ~b_right}
+        b = b.flatten()
+        deciles = [(b[part].mean().item(), gain[part].mean().item()) for part in order.chunk(10)]
+        found[where] = {"gain": gain.mean().item(), "deciles": deciles, "groups": {}}
+        for name, mask in groups.items():
+            mean = gain[mask.flatten()].mean().item() if mask.any() else 0.0
+            found[where]["groups"][name] = (mask.double().mean().item(), mean)
+    return found
+
+
+def open_model(path, data_dir, device):
+    """load_checkpoint, to evaluate here. Raises CheckpointError; DataError if the tokenizer is another."""
     model, about = load_checkpoint(path, device)
     if about.get("tokenizer") != load_meta(data_dir)["tokenizer"]:
         raise DataError(f"{path} has another tokenizer than {data_dir}: give its own corpus with --data")
+    return model, about
+
+
+def describe(path, data_dir, windows, items, device):
+    """Evaluate one checkpoint -> what --json prints of it."""
+    model, about = open_model(path, data_dir, device)
+    metrics = evaluate(model, data_dir, windows, items)
     sizes = bytes_per_token(data_dir, model.config.block_size, windows)
-    sets = {}
-    for name, half in evaluate(model, data_dir, windows).items():
-        loss = sum(half.values()) / 2
-        sets[name] = {**half, "loss": loss, "perplexity": math.exp(loss),
-                      "bits_per_byte": loss / math.log(2) / (sum(sizes[name].values()) / 2)}
-    named = {k: about.get(k) for k in ("size", "tokens", "seed", "alpha", "teacher", "corpus")}
-    return {"path": path, **named, "sets": sets}
+    found = {k: about.get(k) for k in ("size", "tokens", "seed", "alpha", "teacher", "corpus")}
+    found |= {"path": path, "sets": {}, "tasks": {}}
+    for name, half in metrics.items():
+        mean, kind = sum(half.values()) / 2, name.split("/")[0]
+        if kind == "task":
+            found["tasks"][name[5:]] = {**half, "accuracy": mean}
+        elif kind != "ece":
+            found["sets"][name] = {**half, "loss": mean, "perplexity": math.exp(mean),
+                                   "bits_per_byte": mean / math.log(2) / sizes[name],
+                                   "calibration_error": sum(metrics[f"ece/{name}"].values()) / 2}
+    halves = half_items(load_tasks(data_dir).get("minimal_pair", []), items)
+    pairs = halves["select"] + halves["report"]
+    by_rule = {}
+    for item, (acc, _) in zip(pairs, score_items(model, load_tokenizer(data_dir), pairs)):
+        by_rule.setdefault(item["rule"], []).append(acc)
+    for rule, right in sorted(by_rule.items()):
+        found["tasks"][f"  {rule}"] = {"accuracy": sum(right) / len(right), "items": len(right)}
+    return found
 
 
-def main():
-    parser = Parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of distill.py")
-    parser.add_argument("--data", default="data/python", metavar="DIR",
-                        help="corpus folder of data.py (default: data/python)")
-    parser.add_argument("--windows", type=int, default=256, metavar="N",
-                        help="windows evaluated in each half of a set, at most (default: 256)")
-    parser.add_argument("--device", choices=("cpu", "cuda"),
-                        default="cuda" if torch.cuda.is_available() else "cpu",
-                        help="where to run (default: cuda where there is one)")
-    parser.add_argument("--json", action="store_true", help="print JSON, with both halves of every set")
-    args = parser.parse_args()
-    if args.windows < 1:
-        parser.error("--windows must be at least 1")
-    found = [describe(path, args.data, args.windows, args.device) for path in args.checkpoints]
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return
+def print_table(found):
+    """Checkpoints side by side."""
     for i, c in enumerate(found):
         taught = f", alpha {c['alpha']:g} from {c['teacher']}" if c["alpha"] else ""
         print(f"[{i}] {c['path']}: {c['size']}, {c['tokens']:,} tokens, seed {c['seed']}{taught}")
-    print("\nnats per token, perplexity, bits per byte" + "; in brackets the gain on [0]" * (len(found) > 1))
-    print(f"{'':16}" + "".join(f"{f'[{i}]':<35}" for i in range(len(found))).rstrip())
+    print("\nnats per token, perplexity, bits per byte, calibration error"
+          + "; in brackets the gain on [0]" * (len(found) > 1))
+    print(f"{'':18}" + "".join(f"{f'[{i}]':<42}" for i in range(len(found))).rstrip())
     for name, first in found[0]["sets"].items():
         cells = ""
         for c in found:
             s = c["sets"][name]
             gain = "" if c is found[0] else f"({first['loss'] - s['loss']:+.3f})"
-            cells += f"{s['loss']:7.3f} {s['perplexity']:8.2f} {s['bits_per_byte']:6.3f} {gain:<10} "
-        print(f"{name:15}{cells.rstrip()}")
+            cells += (f"{s['loss']:7.3f} {s['perplexity']:8.2f} {s['bits_per_byte']:6.3f} "
+                      f"{s['calibration_error']:6.3f} {gain:<10} ")
+        print(f"{name:17}{cells.rstrip()}")
+    if found[0]["tasks"]:
+        print("\naccuracy; chance is 0.25 for next_line, 0.5 for minimal_pair and its rules, 0 for recall")
+    for task, first in found[0]["tasks"].items():
+        cells = ""
+        for c in found:
+            accuracy = c["tasks"][task]["accuracy"]
+            gain = "" if c is found[0] else f"({accuracy - first['accuracy']:+.3f})"
+            cells += f"{accuracy:7.3f} {gain:<34} "
+        print(f"{task:17}{cells.rstrip()}")
+
+
+def print_token_gains(found):
+    """The tables of token_gains()."""
+    for where, x in found.items():
+        print(f"\n{where}: the student gains {x['gain']:+.4f} nats per token on the baseline")
+        print("tenths, baseline's loss " + " ".join(f"{loss:7.2f}" for loss, _ in x["deciles"]))
+        print("mean gain               " + " ".join(f"{gain:+7.3f}" for _, gain in x["deciles"]))
+        print(f"{'right (argmax)':24} {'share':>7} {'mean gain':>10} {'share x gain':>13}")
+        for name, (share, gain) in x["groups"].items():
+            print(f"{name:24} {share:7.1%} {gain:+10.4f} {share * gain:+13.4f}")
+    print("\nA baseline of another seed in the student's place shows what the sorting does by itself.")
+
+
+def main():
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="checkpoints of distill.py")
+    parser.add_argument("--teacher", metavar="CKPT", help="with two checkpoints, a baseline and a student: "
+                        "which tokens gain, and whether this teacher knew them")
+    parser.add_argument("--data", default="data/python", metavar="DIR",
+                        help="corpus folder of data.py (default: data/python)")
+    parser.add_argument("--windows", type=int, default=256, metavar="N",
+                        help="windows evaluated in each half of a set, at most (default: 256)")
+    parser.add_argument("--items", type=int, default=1000, metavar="N",
+                        help="items evaluated in each half of a task, at most (default: 1000)")
+    parser.add_argument("--tasks", nargs="+", metavar="FILE", help="score these JSON lines of items instead")
+    parser.add_argument("--write_tasks", metavar="DIR", help="write the corpus's items as DIR/TASK.jsonl")
+    parser.add_argument("--device", choices=("cpu", "cuda"),
+                        default="cuda" if torch.cuda.is_available() else "cpu",
+                        help="where to run (default: cuda where there is one)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with both halves of every set")
+    args = parser.parse_args()
+    if args.windows < 1 or args.items < 1:
+        parser.error("--windows and --items must be at least 1")
+    if args.teacher and len(args.checkpoints) != 2:
+        parser.error("--teacher needs two checkpoints, a baseline and a student")
+    if not args.checkpoints and not args.write_tasks:
+        parser.error("give at least one CKPT")
+    if args.write_tasks:
+        tasks = load_tasks(args.data)
+        os.makedirs(args.write_tasks, exist_ok=True)
+        for task, items in tasks.items():
+            lines = "".join(json.dumps(item) + "\n" for item in items)
+            write(args.write_tasks, f"{task}.jsonl", lines.encode())
+            print(f"{args.write_tasks}/{task}.jsonl: {len(items)} items")
+        return
+    if args.tasks:
+        files = {path: read_items(path) for path in args.tasks}
+        found = []
+        for checkpoint in args.checkpoints:
+            model, _ = open_model(checkpoint, args.data, args.device)
+            for path, items in files.items():
+                scores = score_items(model, load_tokenizer(args.data), items)
+                acc, acc_norm = (sum(column) / len(items) for column in zip(*scores))
+                found.append({"path": checkpoint, "tasks": path, "items": len(items), "acc": acc,
+                              "acc_norm": acc_norm})
+                if not args.json:
+                    print(f"{checkpoint} {path}: acc {acc:.4f}, acc_norm {acc_norm:.4f}, {len(items)} items")
+    elif args.teacher:
+        models = [open_model(path, args.data, args.device)[0] for path in (*args.checkpoints, args.teacher)]
+        found = token_gains(*models, args.data, args.windows)
+        if not args.json:
+            print_token_gains(found)
+    else:
+        found = [describe(path, args.data, args.windows, args.items, args.device)
+                 for path in args.checkpoints]
+        if not args.json:
+            print_table(found)
+    if args.json:
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

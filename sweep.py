@@ -7,8 +7,8 @@ Teachers x students x alphas x seeds -> the three findings, with intervals and a
 
 Prepares the corpus, trains every teacher (checkpoints on the way are the teachers at smaller budgets), a
 baseline and one student for each teacher and alpha, evaluates each, and writes below --out: results.jsonl
-(one line a run), report.md, findings_STUDENT.png and .svg, and runs/ with the checkpoints. Interrupt it when you
-like: the same command goes on.
+(one line a run), report.md, findings_STUDENT.png and .svg, and runs/ with the checkpoints. Interrupt it when
+you like: the same command goes on.
 
 Follows "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857.
 """
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from data import DataError, Parser, load_meta, load_tokens, prepare, run, write
 from distill import (Config, ConfigError, checkpoint_path, distill_loss, pick_device, several, short, switch,
                      train)
-from eval import evaluate
+from eval import evaluate, token_gains
 from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
 
 K, M, B = 2**10, 2**20, 2**30
@@ -47,14 +47,16 @@ class Scale:
     vocab_size: int = 512
     corpus: str = "python"           # a folder of data/
     windows: int = 256               # evaluated in each half of a set
+    items: int = 500                 # evaluated in each half of a task
+    alone: tuple = (0.5, 1, 2)       # budgets of students without a teacher, as multiples: 1 is the baseline
     training: dict = field(default_factory=lambda: dict(batch_size=8, block_size=128, lr=3e-3))   # of Config
 
 
 SCALES = {
-    "smoke": Scale({"xs": (32 * K, 64 * K), "s": (64 * K,), "m": (64 * K,)}, {"s": 32 * K, "xs": 16 * K}, (0.25, 1.0),
-                   windows=16),
-    "laptop": Scale({"xs": (4 * M,), "s": (1 * M, 4 * M), "m": (4 * M,)}, {"s": 2 * M, "xs": 1 * M},
-                    (0.25, 0.5, 1.0)),
+    "smoke": Scale({"xs": (32 * K, 64 * K), "s": (64 * K,), "m": (64 * K,)}, {"s": 32 * K, "xs": 16 * K},
+                   (0.25, 1.0), windows=16, items=50),
+    "laptop": Scale({"xs": (3 * M,), "s": (3 * M // 4, 3 * M), "m": (3 * M,)},
+                    {"s": 3 * M // 2, "xs": 3 * M // 4}, (0.25, 0.5, 1.0)),
     "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M},
                   (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3)),
     "gpu": Scale({size: (B // 2, 1 * B, 2 * B) for size in ("30M", "60M", "124M", "350M")}, {"124M": 1 * B},
@@ -63,7 +65,8 @@ SCALES = {
     "paper": Scale({size: tuple(n * 10**9 for n in (10, 30, 50, 80, 100, 300))
                     for size in ("0.7B", "1.7B", "3.8B", "8.0B")},
                    {"1.7B": 50 * 10**9}, (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256,
-                   corpus="fineweb-edu", training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4)),
+                   corpus="fineweb-edu",
+                   training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4)),
 }
 
 
@@ -72,7 +75,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Task:
-    """One call of train(): a teacher with all its budgets, or a student for each alpha of a teacher and seed."""
+    """One call of train(): a teacher with all its budgets, or a student for each alpha of a cell."""
     kind: str                        # "teacher" or "student"
     size: str
     budgets: tuple                   # token counts that are evaluated
@@ -96,7 +99,7 @@ def plan(scale):
     for seed in scale.seeds:
         tasks += [Task("teacher", size, budgets, 1000 + seed) for size, budgets in scale.teachers.items()]
         for size, n in scale.students.items():
-            tasks.append(Task("student", size, (n,), seed))
+            tasks += [Task("student", size, (int(n * multiple),), seed) for multiple in scale.alone]
             tasks += [Task("student", size, (n,), seed, (t, budget), scale.alphas)
                       for t, budgets in scale.teachers.items() for budget in budgets]
     return tasks
@@ -118,7 +121,8 @@ def rows_of(task, scale, corpus):
     """The lines of results.jsonl a task gives, without what is measured: what tells if they are there."""
     return [{"kind": task.kind, "size": task.size, "tokens": tokens, "seed": task.seed,
              "teacher": task.teacher and {"size": task.teacher[0], "tokens": task.teacher[1]}, "alpha": alpha,
-             "temperature": 1.0, "corpus": corpus, "training": scale.training, "windows": scale.windows}
+             "temperature": 1.0, "corpus": corpus, "training": scale.training, "windows": scale.windows,
+             "items": scale.items}
             for tokens in task.budgets for alpha in task.alphas]
 
 
@@ -138,7 +142,7 @@ def cost_of(task, scale):
 def start_worker(threads, counter, parent):
     """Set a worker process up: its threads, and where it reports the tokens it has trained on."""
     global report_flops
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C reaches every process; train() handles it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches every process; train() has its own
     torch.set_num_threads(threads)
 
     def report_flops(flops):
@@ -153,7 +157,7 @@ def run_task(task, scale, config, corpus):
     kept = train(config, lambda n: report_flops(n * flops_a_token))
     seconds = round((time.time() - start) / len(task.alphas), 1)
     models = (load_checkpoint(c["path"], pick_device(config)[0])[0] for c in kept)
-    return [{**row, "metrics": evaluate(model, config.data, scale.windows), "seconds": seconds}
+    return [{**row, "metrics": evaluate(model, config.data, scale.windows, scale.items), "seconds": seconds}
             for row, model in zip(rows_of(task, scale, corpus), models)]
 
 
@@ -182,11 +186,11 @@ def sweep(scale, data, out, jobs, how):
     done = {key(row) for row in read_rows(results)}
     todo = [task for task in configs if not all(key(row) in done for row in rows[task])]
     missing = {configs[t].teacher for t in todo if not os.path.exists(configs[t].teacher)}
-    for task in configs:                                     # a teacher's result may be there, its checkpoint not
+    for task in configs:                                     # a teacher's result may be there, the file not
         if task not in todo and missing & {checkpoint_path(configs[task], 0.0, n) for n in task.budgets}:
             todo.append(task)
 
-    todo.sort(key=lambda task: (task.kind == "student", -cost_of(task, scale)))   # teachers, then the costliest
+    todo.sort(key=lambda task: (task.kind == "student", -cost_of(task, scale)))  # teachers, the costliest first
 
     def save(new):                                            # a row that is there already stays as it is
         known = {key(row): row for row in read_rows(results)}
@@ -260,8 +264,8 @@ def dry_run(scale_name, scale, jobs):
     flops = sum(cost_of(t, scale) for t in tasks)
     seconds = sum(cost_of(t, scale) / speed[t.size] for t in tasks)
     print(f"\n{scale_name}: {flops:.2e} FLOPs, " + (
-        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, from uncompiled steps timed just "
-        "now;\npreparing, compiling and evaluating come on top" if here else
+        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, from uncompiled steps timed "
+        "just now;\npreparing, compiling and evaluating come on top" if here else
         f"{seconds / 3600:,.0f} GPU-hours on an H100 at 40 % of 989 TFLOP/s (computed)"))
 
 
@@ -269,11 +273,12 @@ def dry_run(scale_name, scale, jobs):
 # the findings: from here on everything is a function of the rows of results.jsonl
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 
 
 def interval(values):
     """-> mean, half-width of its 95 % t-interval (infinite for a single value)."""
+    values = list(values)
     n, mean = len(values), sum(values) / len(values)
     if n < 2:
         return mean, math.inf
@@ -281,59 +286,90 @@ def interval(values):
     return mean, T_975[min(n - 1, len(T_975)) - 1] * deviation / math.sqrt(n)
 
 
-def show(values):
+def show(values, digits=3):
     """'+0.012 ± 0.003', or the mean alone for a single value."""
     mean, half = interval(values)
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if half < math.inf else "")
-
-
-def loss_of(row, where, half="report"):
-    """Nats per token "in" domain, or "out": the mean of the out-of-distribution sets."""
-    prefix = {"in": "in_domain", "out": "ood/"}[where]
-    values = [v[half] for k, v in row["metrics"].items() if k.startswith(prefix)]
-    return sum(values) / len(values)
-
-
-class Gains:
-    """What students of one size gained over the alpha = 0 baseline of the same seed, in nats per token."""
-
-    def __init__(self, rows, size):
-        self.size = size
-        students = [r for r in rows if r["kind"] == "student" and r["size"] == size]
-        self.base = {r["seed"]: r for r in students if not r["teacher"]}
-        self.cells = {}                                      # (size, tokens) of a teacher -> alpha -> seed -> row
-        for r in students:
-            if r["teacher"]:
-                by_alpha = self.cells.setdefault((r["teacher"]["size"], r["teacher"]["tokens"]), {})
-                by_alpha.setdefault(r["alpha"], {})[r["seed"]] = r
-        self.teachers = sorted(self.cells, key=lambda t: (list(SIZES).index(t[0]), t[1]))
-        base = interval([loss_of(r, "in") for r in self.base.values()])[0]
-        self.weakness = {}                                   # teacher -> its in-domain loss minus the baseline's
-        for t in self.teachers:
-            own = [loss_of(r, "in") for r in rows if r["kind"] == "teacher" and (r["size"], r["tokens"]) == t]
-            self.weakness[t] = interval(own)[0] - base
-
-    def gain(self, teacher, alpha, where, half="report", percent=False):
-        """seed -> gain of one cell; percent: of the baseline's loss."""
-        return {seed: (loss_of(self.base[seed], where, half) - loss_of(row, where, half))
-                * (100 / loss_of(self.base[seed], where, half) if percent else 1)
-                for seed, row in sorted(self.cells[teacher][alpha].items())}
-
-    def best_alpha(self, teacher):
-        """seed -> the alpha with the largest gain out of distribution on the select halves."""
-        gains = {alpha: self.gain(teacher, alpha, "out", "select") for alpha in self.cells[teacher]}
-        return {seed: max(gains, key=lambda alpha: gains[alpha][seed]) for seed in self.base}
-
-    def best(self, teacher, where, half="report"):
-        """seed -> the gain at that alpha."""
-        return {seed: self.gain(teacher, alpha, where, half)[seed]
-                for seed, alpha in self.best_alpha(teacher).items()}
+    return f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if half < math.inf else "")
 
 
 def lower(values, sign=1):
     """The lower end of the interval (sign -1: the upper); below 3 values the mean stands for both."""
     mean, half = interval(values)
     return mean - sign * (half if len(values) > 2 else 0)
+
+
+def level(row, where, half="report"):
+    """
+    A number of which less is better: nats per token "in" domain or "out" (mean over the sets), the mean error
+    of the "tasks" (a fraction), or the mean calibration error "ece". None where there are no such metrics.
+    """
+    prefix = {"in": "in_domain", "out": "ood/", "tasks": "task/", "ece": "ece/"}[where]
+    values = [v[half] for k, v in row["metrics"].items() if k.startswith(prefix)]
+    mean = sum(values) / len(values) if values else None
+    return 1 - mean if where == "tasks" and values else mean
+
+
+class Gains:
+    """What students of one size gained over the alpha = 0 baseline of the same seed."""
+
+    def __init__(self, rows, size, scale):
+        self.size, self.scale, self.tokens = size, scale, scale.students[size]
+        students = [r for r in rows if r["kind"] == "student" and r["size"] == size]
+        self.alone = [r for r in students if not r["teacher"]]
+        self.base = {r["seed"]: r for r in self.alone if r["tokens"] == self.tokens}
+        self.cells = {}                                      # teacher (size, tokens) -> alpha -> seed -> row
+        for r in students:
+            if r["teacher"]:
+                by_alpha = self.cells.setdefault((r["teacher"]["size"], r["teacher"]["tokens"]), {})
+                by_alpha.setdefault(r["alpha"], {})[r["seed"]] = r
+        self.teachers = sorted(self.cells, key=lambda t: (list(SIZES).index(t[0]), t[1]))
+        self.own = {t: [r for r in rows if r["kind"] == "teacher" and (r["size"], r["tokens"]) == t]
+                    for t in self.teachers}
+        self.weakness = {t: self.mean(self.own[t], "in") - self.mean(self.base.values(), "in")
+                         for t in self.teachers}
+        self.wheres = [w for w in ("in", "out", "tasks") if level(self.alone[0], w) is not None]
+
+    def mean(self, rows, where):
+        """Mean level of some rows on the report halves."""
+        return interval([level(r, where) for r in rows])[0]
+
+    def gain(self, teacher, alpha, where, half="report", percent=False):
+        """seed -> how much lower than the baseline's the level is; percent: of the baseline's."""
+        gains = {}
+        for seed, row in sorted(self.cells[teacher][alpha].items()):
+            base = level(self.base[seed], where, half)
+            gains[seed] = (base - level(row, where, half)) * (100 / base if percent else 1)
+        return gains
+
+    def best_alpha(self, teacher):
+        """seed -> the alpha with the largest gain out of distribution on the select halves."""
+        gains = {alpha: self.gain(teacher, alpha, "out", "select") for alpha in self.cells[teacher]}
+        return {seed: max(gains, key=lambda alpha: gains[alpha][seed]) for seed in self.base}
+
+    def best(self, teacher, where, half="report", percent=False):
+        """seed -> the gain at that alpha."""
+        return {seed: self.gain(teacher, alpha, where, half, percent)[seed]
+                for seed, alpha in self.best_alpha(teacher).items()}
+
+    def fit(self, where):
+        """-> slope and largest residual of a least-squares line, level against ln(tokens), through the students
+        without a teacher; every seed has its own intercept."""
+        points = []
+        for seed in self.base:
+            rows = [r for r in self.alone if r["seed"] == seed]
+            x, y = interval(math.log(r["tokens"]) for r in rows)[0], self.mean(rows, where)
+            points += [(math.log(r["tokens"]) - x, level(r, where) - y) for r in rows]
+        slope = sum(x * y for x, y in points) / (sum(x * x for x, _ in points) or math.nan)
+        return slope, max(abs(y - slope * x) for x, y in points)
+
+    def compute(self, teacher):
+        """Training FLOPs of a student with this teacher's forward passes over those of a student alone."""
+        forward = flops_per_token(shape_of(teacher[0], self.scale))
+        return 1 + forward / flops_per_token(shape_of(self.size, self.scale), backward=True)
+
+    def plain_gain(self, teacher, where):
+        """What plain pretraining gains from that many more tokens, read off the fitted line."""
+        return -self.fit(where)[0] * math.log(self.compute(teacher))
 
 
 def verdict(claim, values, seen):
@@ -343,17 +379,23 @@ def verdict(claim, values, seen):
     return f"**{claim}: too few seeds ({len(values)}), {'seen' if seen else 'not seen'}.**"
 
 
+def strongest_weak(g):
+    """Of the teachers weaker than the student alone the most helpful on the select halves, or None."""
+    weak = [t for t in g.teachers if g.weakness[t] > 0]
+    return max(weak, key=lambda t: sum(g.best(t, "out", "select").values()), default=None)
+
+
 def findings(g):
     """The paper's three claims, each judged on the rows of one student size -> three paragraphs."""
-    claim = "A weak teacher helps a stronger student"
-    weak = [t for t in g.teachers if g.weakness[t] > 0]
-    if weak:
-        t = max(weak, key=lambda t: sum(g.best(t, "out", "select").values()))
-        inside, outside = list(g.best(t, "in").values()), list(g.best(t, "out").values())
+    claim, t = "A weak teacher helps a stronger student", strongest_weak(g)
+    if t:
+        best = {w: list(g.best(t, w).values()) for w in g.wheres}
         alphas = ", ".join(f"{a:g}" for a in sorted(set(g.best_alpha(t).values())))
-        first = (f"{verdict(claim, outside, lower(outside) > 0)} {name(t)}, whose own loss is {g.weakness[t]:.3f} "
-                 f"above what the student reaches alone, gives it {show(outside)} out of distribution and "
-                 f"{show(inside)} in domain at alpha {alphas}.")
+        seen = any(lower(best[w]) > 0 for w in g.wheres if w != "in")
+        tasks = f", {show([100 * v for v in best['tasks']], 1)} points on the tasks" if "tasks" in best else ""
+        first = (f"{verdict(claim, best['in'], seen)} {name(t)}, whose own loss is {g.weakness[t]:.3f} above what "
+                 f"the student reaches alone, gives it {show(best['out'])} nats out of distribution, "
+                 f"{show(best['in'])} in domain{tasks}, at alpha {alphas}.")
     else:
         first = f"**{claim}: not tested**, for no teacher here is weaker than the student alone."
 
@@ -364,57 +406,127 @@ def findings(g):
     for path in [p for p in paths if len(p) > 1]:
         best = [g.best(t, "out") for t in path]
         last = [best[-1][seed] - best[-2][seed] for seed in g.base]
-        top = max(range(len(path)), key=lambda i: sum(best[i].values()))
-        flat = lower(last) <= 0 or path[top] != path[-1]
+        top = path[max(range(len(path)), key=lambda i: sum(best[i].values()))]
+        flat = lower(last) <= 0 or top != path[-1]
         word = "reverses" if lower(last, -1) < 0 else "saturates" if flat else "grows"
         seen |= flat
-        steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest: "
-                     f"{name(path[top])})")
+        steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest "
+                     f"with {name(top)})")
     second = (f"{verdict(claim, list(g.base), seen)} The best gain out of distribution: "
               f"{'; '.join(steps) or 'teachers of one size and budget only'}.")
 
-    cells = [(t, alpha) for t in g.teachers for alpha in g.cells[t]]
-    percent = {where: [g.gain(*cell, where, percent=True) for cell in cells] for where in ("in", "out")}
-    ahead = [sum(o[s] - i[s] for i, o in zip(percent["in"], percent["out"])) / len(cells) for s in g.base]
-    mixed = [f"{name(t)} at alpha {a:g}" for (t, a), i, o in zip(cells, percent["in"], percent["out"])
-             if sum(i.values()) < 0 < sum(o.values())]
     claim = "Generalisation improves before in-domain fit"
-    third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the gain out of "
-             f"distribution is {show(ahead)} percent of the loss ahead of that in domain. Losing in domain and "
+    cells = [(t, alpha) for t in g.teachers for alpha in g.cells[t]]
+    inside, outside = ([g.gain(*cell, where, percent=True) for cell in cells] for where in ("in", "out"))
+    ahead = [sum(o[s] - i[s] for i, o in zip(inside, outside)) / len(cells) for s in g.base]
+    mixed = [f"{name(t)} at alpha {a:g}" for (t, a), i, o in zip(cells, inside, outside)
+             if sum(i.values()) < 0 < sum(o.values())]
+    third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the gain out "
+             f"of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. Losing in domain and "
              f"gaining outside: {'; '.join(mixed) or 'none'}.")
     return [first, second, third]
 
 
+DEFINITIONS = """
+How the verdicts are reached. A gain is how much lower the loss of a student is than that of the alpha = 0
+student of the same seed, in nats per token; ± is a 95 % t-interval over seeds, paired by seed. Alpha is
+chosen for each teacher and seed by the loss out of distribution on the `select` halves; every gain shown is
+of the `report` halves. 1: of the teachers whose own in-domain loss is above the baseline's, the most helpful
+on the select halves gives a gain out of distribution or downstream whose interval lies above zero. 2: along
+teacher size (at the largest budget) or teacher tokens, the best gain is not the strongest teacher's, or its
+last step adds nothing beyond its interval (saturates), or is below zero (reverses). 3: the relative gain out
+of distribution, averaged over all cells, exceeds that in domain, and the interval of the difference lies
+above zero. Below three seeds there is no verdict, only what was seen.
+"""
+
+
+def table(head, rows):
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
+
+
 def report(g):
     """The findings and all cells of one student size, in Markdown."""
-    base, seeds = list(g.base.values()), f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
+    base, has_tasks = list(g.base.values()), "tasks" in g.wheres
     sets = ", ".join(k[4:] for k in base[0]["metrics"] if k.startswith("ood/"))
-    alone = {where: interval([loss_of(r, where) for r in base])[0] for where in ("in", "out")}
-    text = [f"# Distilling into the {g.size} student", "", "## Findings", ""]
-    text += [f"{i}. {paragraph}" for i, paragraph in enumerate(findings(g), 1)]
-    text += ["", "Gains are in nats per token over the alpha = 0 student of the same seed, ± a 95 % t-interval over "
-             f"{seeds}; out of distribution is the mean of {sets}. Alone, the student reaches {alone['in']:.3f} in "
-             f"domain and {alone['out']:.3f} out of distribution.", "", "## The best alpha for each teacher", "",
-             "Chosen for each seed by the loss out of distribution on the `select` halves; the gains are those of "
-             "the `report` halves. A teacher's weakness is its own in-domain loss minus that of the student alone.",
-             "", "| teacher | weakness | best alpha | gain in domain | gain out of distribution |", "|---" * 5 + "|"]
-    unsure = []
+    budgets = ", ".join(short(n) for n in sorted({r["tokens"] for r in g.alone}))
+    rows, unsure, worse = [], [], []
     for t in g.teachers:
-        inside, outside = list(g.best(t, "in").values()), list(g.best(t, "out").values())
+        best = {w: g.best(t, w).values() for w in g.wheres}
+        percent = [show(g.best(t, w, percent=True).values(), 1) for w in g.wheres]
+        plain = {w: g.plain_gain(t, w) for w in ("in", "out")}
         alphas = ", ".join(f"{a:g}" for a in g.best_alpha(t).values())
-        text.append(f"| {name(t)} | {g.weakness[t]:+.3f} | {alphas} | {show(inside)} | {show(outside)} |")
-        unsure += [name(t)] * (interval(outside)[1] >= abs(interval(outside)[0]))
-    text += ["", f"More seeds are needed for {', '.join(unsure) or 'none'}, whose gain out of distribution has no "
-             "interval that excludes zero.", "", "## Every cell: gain in domain / out of distribution", ""]
+        rows.append([name(t), f"{g.weakness[t]:+.3f}", alphas, show(best["in"]), show(best["out"]), *percent,
+                     f"{g.compute(t):.2f}", f"{plain['in']:+.3f} / {plain['out']:+.3f}"])
+        unsure += [name(t)] * (interval(best["out"])[1] >= abs(interval(best["out"])[0]))
+        worse += [name(t)] * (interval(best["out"])[0] < plain["out"])
+    text = [f"# Distilling into the {g.size} student, {short(g.tokens)} tokens", "", "## Findings", ""]
+    text += [f"{i}. {paragraph}" for i, paragraph in enumerate(findings(g), 1)]
+    text += ["", "## The best alpha for each teacher", "",
+             f"Alone, the student reaches {g.mean(base, 'in'):.3f} nats per token in domain and "
+             f"{g.mean(base, 'out'):.3f} out of distribution (the mean of {sets}). A teacher's weakness is its own "
+             "in-domain loss minus the former. Compute is that of a step with the teacher's forward pass over that of "
+             "one without; plain is what pretraining alone gains from that much more compute.", ""]
+    text += table(["teacher", "weakness", "best alpha", "gain in domain", "gain out", "in, % of loss",
+                   "out, % of loss", *["tasks, % of error"] * has_tasks, "compute", "plain, in / out"], rows)
+    (slope_in, off_in), (slope_out, off_out) = g.fit("in"), g.fit("out")
+    text += [f"Plain is read off a line through the student alone at {budgets} tokens: {slope_in:+.3f} in domain and "
+             f"{slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most {off_in:.3f} and "
+             f"{off_out:.3f}. Out of distribution, distillation does not pay for its own compute with "
+             f"{', '.join(worse) or 'no teacher'}; the teachers' training is not counted.", "",
+             f"More seeds are needed for {', '.join(unsure) or 'none'}, whose gain out of distribution has no interval "
+             "that excludes zero.", "", "## Every cell: gain in domain / out of distribution", ""]
     alphas = sorted({a for t in g.teachers for a in g.cells[t]})
-    text += [" | ".join(["| teacher", *(f"alpha {a:g}" for a in alphas)]) + " |", "|---" * (len(alphas) + 1) + "|"]
-    for t in g.teachers:
-        cells = [" / ".join(show(list(g.gain(t, a, w).values())) for w in ("in", "out")) for a in alphas]
-        text.append(f"| {name(t)} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+    text += table(["teacher", *(f"alpha {a:g}" for a in alphas)], [
+        [name(t), *(" / ".join(show(g.gain(t, a, w).values()) for w in ("in", "out")) for a in alphas)]
+        for t in g.teachers])
+    if has_tasks:
+        text += ["## Tasks and calibration", "",
+                 "Accuracy on the report halves (chance: next_line 0.25, minimal_pair 0.5, recall 0) and expected "
+                 "calibration error, the mean over all sets; students at their best alpha.", ""]
+        names = [k for k in base[0]["metrics"] if k.startswith("task/")]
+        groups = [("student alone", base), *((f"teacher {name(t)}", g.own[t]) for t in g.teachers)]
+        groups += [(f"student from {name(t)}", [g.cells[t][a][s] for s, a in g.best_alpha(t).items()])
+                   for t in g.teachers]
+        text += table(["model", "loss in domain", *(k[5:] for k in names), "calibration error"], [
+            [who, f"{g.mean(rows, 'in'):.3f}",
+             *(f"{interval(r['metrics'][k]['report'] for r in rows)[0]:.3f}" for k in names),
+             f"{g.mean(rows, 'ece'):.3f}"] for who, rows in groups])
+    return "\n".join(text)
 
 
-def draw(g, scale, path):
+def tokens_report(g, data, config):
+    """Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who: token_gains()});
+    ("", {}) where the checkpoints are not on this machine. config(task) is the Config of a task."""
+    seed, found = min(g.base), {}
+
+    def model(teacher, alpha, seed=seed):
+        task = Task("student", g.size, (g.tokens,), seed, teacher, g.scale.alphas if teacher else (0.0,))
+        return load_checkpoint(checkpoint_path(config(task), alpha))[0]
+    try:
+        base = model(None, 0.0)
+        for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)]):
+            alpha = g.best_alpha(t)[seed]
+            taught_by = config(Task("student", g.size, (g.tokens,), seed, t, g.scale.alphas)).teacher
+            teacher = load_checkpoint(taught_by)[0]
+            found[f"from {name(t)}, alpha {alpha:g}"] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
+        if len(g.base) > 1:
+            other = model(None, 0.0, max(g.base))
+            found["no teacher, another seed"] = token_gains(base, other, teacher, data, g.scale.windows)
+    except CheckpointError:
+        return "", {}
+    rows = []
+    for who, x in ((who, x["out"]) for who, x in found.items()):
+        parts = [f"{share * gain:+.4f} ({share:.0%})" for share, gain in x["groups"].values()]
+        rows.append([who, f"{x['gain']:+.4f}", *parts, *(f"{x['deciles'][i][1]:+.3f}" for i in (0, -1))])
+    text = ["## Which tokens gain", "", f"Out of distribution, seed {seed}: the whole gain and its four parts by who "
+            "predicts the token right (argmax), with their shares of the tokens; then the mean gain on the easiest and the "
+            "hardest tenth of the tokens, by the baseline's loss.", ""]
+    text += table(["student", "gain", *next(iter(found.values()))["out"]["groups"], "easiest", "hardest"], rows)
+    return "\n".join(text), found
+
+
+def draw(g, path):
     """The findings as a figure of four panels, PNG and SVG."""
     import matplotlib
     matplotlib.use("Agg")
@@ -422,14 +534,14 @@ def draw(g, scale, path):
     from matplotlib.ticker import NullLocator
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     by_alpha, by_size, by_tokens, both = axes.flat
-    sizes, budgets = list(scale.teachers), sorted({n for _, n in g.teachers}, reverse=True)
+    sizes, budgets = list(g.scale.teachers), sorted({n for _, n in g.teachers}, reverse=True)
     shade = {s: plt.cm.viridis(0.85 * i / max(1, len(sizes) - 1)) for i, s in enumerate(sizes)}
     marker = dict(zip(sizes, "os^DvP"))
     dash = dict(zip(budgets, itertools.cycle(("-", "--", "-.", ":"))))
-    parameters = {s: count_parameters(shape_of(s, scale)) for s in sizes}
+    parameters = {s: count_parameters(shape_of(s, g.scale)) for s in sizes}
 
     def line(axis, x, groups, label, **style):
-        points = [interval(list(v.values())) for v in groups]
+        points = [interval(v.values()) for v in groups]
         error = [half for _, half in points] if len(g.base) > 1 else None
         axis.errorbar(x, [mean for mean, _ in points], error, label=label, capsize=3, markersize=5, **style)
 
@@ -437,12 +549,12 @@ def draw(g, scale, path):
         alphas, look = sorted(g.cells[t]), dict(color=shade[t[0]], marker=marker[t[0]])
         line(by_alpha, alphas, [g.gain(t, a, "out") for a in alphas], f"{name(t)} ({g.weakness[t]:+.2f})",
              ls=dash[t[1]], **look)
-        x, y = ([interval(list(g.gain(t, a, w).values()))[0] for a in alphas] for w in ("in", "out"))
+        x, y = ([interval(g.gain(t, a, w).values())[0] for a in alphas] for w in ("in", "out"))
         both.plot(x, y, label=name(t), ls="none", fillstyle="full" if t[1] == budgets[0] else "none", **look)
     for n in budgets:
         path_ = [t for t in g.teachers if t[1] == n]
-        line(by_size, [parameters[s] for s, _ in path_], [g.best(t, "out") for t in path_], f"{short(n)} tokens",
-             ls=dash[n], color="black", marker="o")
+        x = [parameters[size] for size, _ in path_]
+        line(by_size, x, [g.best(t, "out") for t in path_], f"{short(n)} tokens", ls=dash[n], color="black", marker="o")
     for s in sizes:
         path_ = [t for t in g.teachers if t[0] == s]
         line(by_tokens, [n for _, n in path_], [g.best(t, "out") for t in path_], s, color=shade[s],
@@ -456,7 +568,7 @@ def draw(g, scale, path):
     outside = "gain out of distribution (nats/token)"
     by_alpha.set(title="Gain against alpha", xlabel="alpha", ylabel=outside)
     by_size.set(title="Best gain against teacher size", xlabel="teacher (parameters)", ylabel=outside)
-    by_tokens.set(title="Best gain against teacher tokens", xlabel="teacher (training tokens)", ylabel=outside)
+    by_tokens.set(title="Best gain against teacher tokens", xlabel="teacher (tokens)", ylabel=outside)
     both.set(title="Every cell: above the dotted line, more is gained outside", ylabel=outside,
              xlabel="gain in domain (nats/token)")
     both.axline((0, 0), slope=1, color="grey", lw=0.8, ls=":")
@@ -464,7 +576,7 @@ def draw(g, scale, path):
     for axis in axes.flat:
         axis.axhline(0, color="grey", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, title_fontsize=8, title="teacher (its weakness)" if axis is by_alpha else None)
+        axis.legend(fontsize=8, title="teacher (weakness)" if axis is by_alpha else None, title_fontsize=8)
     seeds = f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
     figure.suptitle(f"Distilling into the {g.size} student: gain over training alone, {seeds}")
     for ending in ("png", "svg"):
@@ -472,9 +584,37 @@ def draw(g, scale, path):
     plt.close(figure)
 
 
+def draw_tokens(found, size, path):
+    """Gain by the baseline's loss, and by who is right."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, (tenths, groups) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    width = 0.8 / len(found)
+    for k, (who, x) in enumerate(found.items()):
+        look = dict(color=plt.cm.viridis(0.85 * k / max(1, len(found) - 1)), label=who)
+        tenths.plot(range(1, 11), [gain for _, gain in x["out"]["deciles"]], "-" + "os^"[k], **look)
+        parts = [share * gain for share, gain in x["out"]["groups"].values()]
+        groups.bar([i + k * width for i in range(4)], parts, width, edgecolor="black", hatch=("", "//", "..")[k],
+                   **look)
+    tenths.set(title="Gain by difficulty", xlabel="tokens in tenths, by the baseline's loss", xticks=range(1, 11),
+               ylabel="mean gain (nats/token)")
+    groups.set(title="Gain by who predicts the token right", ylabel="part of the whole gain (nats/token)")
+    groups.set_xticks([i + 0.4 - width / 2 for i in range(4)],
+                      ["both", "teacher\nonly", "baseline\nonly", "neither"])
+    for axis in (tenths, groups):
+        axis.axhline(0, color="grey", lw=0.8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(fontsize=8)
+    figure.suptitle(f"Which tokens gain, out of distribution: the {size} student against itself alone")
+    for ending in ("png", "svg"):
+        figure.savefig(f"{path}.{ending}", dpi=120)
+    plt.close(figure)
+
+
 def chart(g):
     """The best gain of each teacher as bars of text."""
-    best = {t: interval(list(g.best(t, "out").values()))[0] for t in g.teachers}
+    best = {t: interval(g.best(t, "out").values())[0] for t in g.teachers}
     unit = max(1e-9, *map(abs, best.values())) / 40
     return "\n".join(f"{name(t):>10} {v:+.3f} {'-#'[v > 0] * round(abs(v) / unit)}" for t, v in best.items())
 
@@ -484,8 +624,8 @@ def main():
     parser.add_argument("--scale", default="laptop", choices=SCALES,
                         help="the experiment, see SCALES (default: laptop)")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
-    parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: that of the scale below "
-                        "data/; the python corpus is made if needed)")
+    parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: the scale's "
+                        "below data/; the python corpus is made if needed)")
     parser.add_argument("--seeds", type=several(int), metavar="N,N",
                         help="seeds in place of the scale's, such as 1,2,3")
     parser.add_argument("--jobs", type=int, metavar="N", help="tasks at a time; on CPU they share the cores "
@@ -518,16 +658,21 @@ def main():
     rows = sweep(scale, data, out, jobs, how)
 
     minutes = sum(r["seconds"] for r in rows) / 60
-    text = (f"`python sweep.py --scale {args.scale}`, seeds {','.join(map(str, scale.seeds))}; corpus {rows[0]['corpus']}; "
-            f"{minutes:.0f} minutes of training, {jobs} runs at a time, on {platform.machine()}, "
-            f"Python {platform.python_version()}, torch {torch.__version__}.\n")
+    text = (f"`python sweep.py --scale {args.scale}`, seeds {','.join(map(str, scale.seeds))}; corpus "
+            f"{rows[0]['corpus']}; {minutes:.0f} minutes of training, {jobs} runs at a time, on "
+            f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.\n")
     for size in scale.students:
-        g, figure = Gains(rows, size), f"findings_{size}"
-        text += f"\n{report(g)}\n![the findings]({figure}.png)\n"
+        g = Gains(rows, size, scale)
+        tokens_text, found = tokens_report(g, data, lambda task: config_of(task, scale, data, out))
+        text += f"\n{report(g)}\n![the findings](findings_{size}.png)\n"
+        text += f"\n{tokens_text}\n![which tokens gain](tokens_{size}.png)\n" if found else ""
         try:
-            draw(g, scale, os.path.join(out, figure))
+            draw(g, os.path.join(out, f"findings_{size}"))
+            if found:
+                draw_tokens(found, size, os.path.join(out, f"tokens_{size}"))
         except ImportError:
             print(f"best gain out of distribution; for the figure: pip install matplotlib\n{chart(g)}")
+    text += DEFINITIONS
     write(out, "report.md", text.encode())
     print(f"\n{text}\n{out}: report.md, figures, results.jsonl; {(time.time() - start) / 60:.1f} minutes")
 

@@ -4,6 +4,8 @@ Every promise of the other files, checked: python -m pytest -q
 Where somebody else has written the same thing, that is what we compare with: torch's own losses and FLOP counter,
 tiktoken's educational byte-pair encoder, transformers' Llama. Otherwise a plain version stands here, or a property.
 """
+import ast
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -459,10 +462,151 @@ def test_every_field_is_a_flag_with_its_default():
 # ------------------------------------------------------------------------------
 # eval.py
 
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory):
+    """The tasks of the python corpus, with a corpus folder that holds their documents and a vocabulary of 512."""
+    in_domain, _ = data.python_corpus()
+    sets = data.split_documents(in_domain, {})
+    folder = str(tmp_path_factory.mktemp("tasks"))
+    ranks = data.train_bpe("".join(text for _, text in sets["train"][:60]), 511)
+    encoding = data.make_encoding(ranks, data.PATTERN)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        documents = [text for _, text in sets["val"]]
+        made = evaluation.make_tasks(documents, encoding)
+        assert made == evaluation.make_tasks(documents, encoding)            # always the same
+    return made, encoding, documents
+
+
+def test_task_items_are_what_they_say(tasks):
+    made, encoding, documents = tasks
+    assert all(len(items) >= 1000 for items in made.values()) and set(made) == {"next_line", "minimal_pair", "recall"}
+    everything = "\n".join(documents)
+    for item in made["next_line"][::20]:
+        right = item["choices"][item["label"]]
+        assert item["context"] + right + "\n" in everything + "\n" and len(set(item["choices"])) == 4
+        home = [text for text in documents if item["context"] + right in text]
+        assert any(all(choice in text for choice in item["choices"]) for text in home)
+    rules = Counter()
+    def tree(line):
+        line = line.strip() + (" pass" if line.endswith(":") else "")
+        try:
+            return ast.dump(ast.parse(line))
+        except SyntaxError:
+            return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for item in made["minimal_pair"]:
+            good, bad = item["choices"][item["label"]], item["choices"][1 - item["label"]]
+            assert tree(good) is not None and tree(bad) != tree(good) and item["context"] + good in everything
+            assert (tree(bad) is None) == (item["rule"] in ("bracket", "colon", "keyword")), item
+            assert len(encoding.encode_ordinary(good)) == len(encoding.encode_ordinary(bad))
+            rules[item["rule"]] += 1
+    assert set(rules) == set(evaluation.RULES) and min(rules.values()) > 50
+    for item in made["recall"]:
+        name = item["choices"][0].strip()
+        earlier, _, line = item["context"].rpartition("\n")
+        assert name in evaluation.words_of(earlier) and name not in evaluation.words_of(line)
+        assert item["context"] + item["choices"][0] in everything
+    for task, items in made.items():
+        labels = Counter(item["label"] for item in items)
+        assert task == "recall" or max(labels.values()) < 1.2 * len(items) / len(labels)
+        for item in items[::7]:                               # the boundary falls between two tokens
+            for choice in item["choices"]:
+                context = encoding.encode_ordinary(item["context"])
+                assert encoding.encode_ordinary(item["context"] + choice) == context + encoding.encode_ordinary(choice)
+
+
+def test_untrained_models_are_at_chance(tasks):
+    made, encoding, _ = tasks
+    for task, chance in (("next_line", 0.25), ("minimal_pair", 0.5), ("recall", 0.0)):
+        right = []
+        for seed in range(3):
+            torch.manual_seed(seed)
+            m = model.GPT(model.GPTConfig(512, 128, **model.SIZES["xs"])).eval()
+            scores = evaluation.score_items(m, encoding, made[task][::4])
+            right += [s[task in evaluation.NORMED] for s in scores]
+        error = 1.96 * math.sqrt(max(chance, 0.02) * (1 - chance) / len(right))
+        assert abs(sum(right) / len(right) - chance) <= 1.5 * error, (task, sum(right) / len(right), error)
+
+
+def test_scores_are_sums_of_log_probabilities(tasks):
+    """One item at a time, without batches or padding, as the definition has it."""
+    made, encoding, _ = tasks
+    torch.manual_seed(0)
+    m = model.GPT(model.GPTConfig(512, 128, **model.SIZES["xs"])).eval()
+    with torch.no_grad():
+        for p in m.parameters():
+            p.mul_(8)                                         # opinionated
+        items = [item for task in made.values() for item in task[::150]]
+        items += [{"context": "x = 1\n" * 100, "choices": [" a", " long" * 90], "label": 0}]      # longer than 128 tokens
+        for item, (acc, acc_norm) in zip(items, evaluation.score_items(m, encoding, items)):
+            sums, greedy = [], []
+            for choice in item["choices"]:
+                context, ids = encoding.encode_ordinary(item["context"]), encoding.encode_ordinary(choice)
+                whole = (context + ids)[-129:]
+                logits = m(torch.tensor([whole[:-1]]))[0].log_softmax(-1)
+                n = min(len(ids), 128)
+                sums.append(sum(logits[k - 1, whole[k]].item() for k in range(len(whole) - n, len(whole))))
+                greedy.append(all(logits[k - 1].argmax() == whole[k] for k in range(len(whole) - n, len(whole))))
+            if len(sums) == 1:
+                assert acc == acc_norm == int(greedy[0])
+            else:
+                assert acc == int(np.argmax(sums) == item["label"])
+                assert acc_norm == int(np.argmax([s / len(c) for s, c in zip(sums, item["choices"])]) == item["label"])
+
+
+def test_items_can_be_written_read_and_scored(corpus, tmp_path, monkeypatch, capsys):
+    path = distill.train(config(corpus, tmp_path / "run"))[0]["path"]
+    code, out, err = run_script(evaluation.main, ["--write_tasks", tmp_path / "tasks", "--data", corpus], monkeypatch, capsys)
+    files = sorted((tmp_path / "tasks").iterdir())
+    assert code == 0 and files, (out, err)
+    made = evaluation.load_tasks(corpus)
+    for file in files:
+        assert evaluation.read_items(file) == made[file.stem]
+    code, out, err = run_script(evaluation.main, [path, "--tasks", *files, "--data", corpus, "--json"], monkeypatch, capsys)
+    scores = {Path(found["tasks"]).stem: found for found in json.loads(out)}
+    for task, items in made.items():
+        both = list(zip(*evaluation.score_items(model.load_checkpoint(path)[0], data.load_tokenizer(corpus), items)))
+        assert [scores[task]["acc"], scores[task]["acc_norm"]] == [sum(column) / len(items) for column in both]
+
+
+def test_calibration_error_of_known_predictions():
+    confidence, draw = torch.linspace(0.01, 0.999, 100_000), torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    assert evaluation.calibration_error(draw < confidence, confidence) < 0.01             # right as often as it says
+    assert abs(evaluation.calibration_error(draw < 0.5, torch.full((100_000,), 0.9)) - 0.4) < 0.01
+    assert evaluation.calibration_error(torch.tensor([True, False]), torch.tensor([1.0, 0.0])) == 0.0
+    right = torch.tensor([True, True, False, True])                                       # two bins, by hand
+    assert abs(evaluation.calibration_error(right, torch.tensor([0.95, 0.99, 0.41, 0.43])) - (0.06 + 0.16) / 4) < 1e-6
+
+
+def test_token_gains_add_up(corpus, tmp_path, monkeypatch, capsys):
+    teacher = distill.train(config(corpus, tmp_path / "t", size="s", seed=7, tokens=16384))[0]["path"]
+    both = distill.train(config(corpus, tmp_path / "s", teacher=teacher, alpha=(0.0, 0.5)))
+    models = [model.load_checkpoint(path)[0] for path in (*(k["path"] for k in both), teacher)]
+    for where, x in evaluation.token_gains(*models, corpus, 64).items():
+        assert abs(sum(share * gain for share, gain in x["groups"].values()) - x["gain"]) < 1e-6
+        assert abs(sum(share for share, _ in x["groups"].values()) - 1) < 1e-6
+        assert abs(sum(gain for _, gain in x["deciles"]) / 10 - x["gain"]) < 0.02 and len(x["deciles"]) == 10
+        assert [loss for loss, _ in x["deciles"]] == sorted(loss for loss, _ in x["deciles"])
+        metrics = [evaluation.evaluate(m, corpus, 64, 10) for m in models]
+        name = "in_domain" if where == "in_domain" else "ood/poem"
+        rows = {h: len(r) for h, r in evaluation.read_windows(evaluation.evaluation_sets(corpus)[name], 32, 64).items()}
+        mean = [sum(m[name][h] * n for h, n in rows.items()) / sum(rows.values()) for m in metrics[:2]]
+        assert abs(mean[0] - mean[1] - x["gain"]) < 1e-4       # and the whole is the difference of the losses
+        rows = torch.cat(list(evaluation.read_windows(evaluation.evaluation_sets(corpus)[name], 32, 64).values()))
+        (b, br, _), (s, _, _), (_, tr, _) = (evaluation.token_scores(m, rows) for m in models)
+        only = [(b - s)[i, j].item() for i, j in zip(*np.nonzero((tr & ~br).numpy()))]
+        assert abs(x["groups"]["teacher only"][1] - np.mean(only)) < 1e-5
+    argv = [both[0]["path"], both[1]["path"], "--teacher", teacher, "--data", corpus]
+    code, out, err = run_script(evaluation.main, argv, monkeypatch, capsys)
+    assert code == 0 and "teacher only" in out and out.count("tenths") == 2
+
+
 def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
     m = tiny(vocab_size=300)
     metrics = evaluation.evaluate(m, corpus, windows=1000)
-    assert set(metrics) == {"in_domain", "ood/poem"}
+    assert {k for k in metrics if not k.startswith("task/")} == {"in_domain", "ood/poem", "ece/in_domain", "ece/ood/poem"}
     for name, file in (("in_domain", "val"), ("ood/poem", "ood_poem")):
         tokens = torch.from_numpy(data.load_tokens(os.path.join(corpus, f"{file}.bin")).astype(np.int64))
         n = (len(tokens) - 1) // 24
@@ -479,7 +623,7 @@ def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
 def test_untrained_model_is_at_chance_and_bits_per_byte_follow(corpus, tmp_path):
     m = tiny(vocab_size=300)
     model.save_checkpoint(str(tmp_path / "m.pt"), m, tokenizer=data.load_meta(corpus)["tokenizer"])
-    found = evaluation.describe(str(tmp_path / "m.pt"), corpus, 10**6, "cpu")
+    found = evaluation.describe(str(tmp_path / "m.pt"), corpus, 10**6, 10, "cpu")
     s, meta = found["sets"]["in_domain"], data.load_meta(corpus)["sets"]["val"]
     assert abs(s["loss"] - math.log(300)) < 0.1 and abs(s["perplexity"] - math.exp(s["loss"])) < 1e-9
     assert abs(s["bits_per_byte"] - s["loss"] / math.log(2) / meta["bytes_per_token"]) < 0.03 * s["bits_per_byte"]
@@ -512,13 +656,15 @@ def test_interval_is_students():
 def made_up(gains, seeds=(1, 2, 3), noise=0.001):
     """Rows in which the student alone has loss 2.5 in and 3.0 out; gains: {(size, tokens, own loss): {alpha: (in, out)}}."""
     def row(kind, size, tokens, seed, teacher, alpha, inside, outside):
-        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1}
+        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1, "task/x": 0.5, "ece/in_domain": 0.05}
         return {"kind": kind, "size": size, "tokens": tokens, "seed": seed, "teacher": teacher, "alpha": alpha,
                 "metrics": {k: {"select": v, "report": v} for k, v in metrics.items()}}
     rows = []
     for s in seeds:
         level = 0.05 * s                                      # seeds differ, and pairing takes that out
-        rows.append(row("student", "s", 3, s, None, 0.0, 2.5 + level, 3.0 + level))
+        for tokens in (1.5, 3, 6):                            # alone: 0.1 nats for each doubling
+            less = 0.1 * math.log2(tokens / 3)
+            rows.append(row("student", "s", tokens, s, None, 0.0, 2.5 + level - less, 3.0 + level - less))
         for (size, tokens, own), by_alpha in gains.items():
             rows.append(row("teacher", size, tokens, 1000 + s, None, 0.0, own, own))
             for alpha, (inside, outside) in by_alpha.items():
@@ -528,8 +674,12 @@ def made_up(gains, seeds=(1, 2, 3), noise=0.001):
     return rows
 
 
+def gains_of(rows):
+    return sweep.Gains(rows, "s", dataclasses.replace(sweep.SCALES["laptop"], students={"s": 3}))
+
+
 def verdicts(rows):
-    return [paragraph.split("**")[1].split(": ")[1].rstrip(".") for paragraph in sweep.findings(sweep.Gains(rows, "s"))]
+    return [paragraph.split("**")[1].split(": ")[1].rstrip(".") for paragraph in sweep.findings(gains_of(rows))]
 
 
 PAPER_LIKE = {("xs", 8, 2.9): {0.25: (-0.01, 0.04), 1.0: (-0.3, -0.2)}, ("s", 8, 2.4): {0.25: (0.03, 0.05), 1.0: (0.05, 0.08)},
@@ -544,7 +694,7 @@ def test_verdicts_on_made_up_results():
     assert verdicts(made_up(OPPOSITE, seeds=(1, 2))) == ["too few seeds (2), not seen"] * 3
     noisy = verdicts(made_up({k: v for k, v in PAPER_LIKE.items() if k[0] == "xs"} | {("m", 8, 2.2): {0.25: (0.0, 0.1)}}, noise=0.1))
     assert noisy[0] == "not reproduced"                       # the mean is above zero, its interval is not
-    text = sweep.findings(sweep.Gains(made_up(PAPER_LIKE), "s"))
+    text = sweep.findings(gains_of(made_up(PAPER_LIKE)))
     assert "from m@8 to l@8 it reverses (-0.020" in text[1] and "xs@8 at alpha 0.25" in text[2] and "xs@8, whose own" in text[0]
 
 
@@ -554,16 +704,19 @@ def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
         if row["teacher"] and row["alpha"] == 0.25:           # looks best on select only
             for v in row["metrics"].values():
                 v["select"] -= 0.5
-    g = sweep.Gains(rows, "s")
+    g = gains_of(rows)
     assert set(g.best_alpha(("m", 8)).values()) == {0.25}
     assert all(abs(v - 0.1) < 1e-9 for v in g.best(("m", 8), "out").values())
     text = sweep.report(g)
     assert "| m@8 | -0.400 | 0.25, 0.25, 0.25 | +0.100 ± 0.000 | +0.100 ± 0.000 |" in text
+    ratio = 1 + model.flops_per_token(sweep.shape_of("m", g.scale)) / model.flops_per_token(sweep.shape_of("s", g.scale), True)
+    assert abs(g.plain_gain(("m", 8), "out") - 0.1 * math.log2(ratio)) < 1e-9 and g.fit("out")[1] < 1e-9
+    assert "does not pay for its own compute with no teacher" in text
     assert "#" in sweep.chart(g)
 
 
 def test_no_weak_teacher_is_said():
-    assert "not tested" in sweep.findings(sweep.Gains(made_up({("m", 8, 2.2): {0.25: (0.1, 0.1)}, ("l", 8, 2.1): {0.25: (0.1, 0.1)}}), "s"))[0]
+    assert "not tested" in sweep.findings(gains_of(made_up({("m", 8, 2.2): {0.25: (0.1, 0.1)}, ("l", 8, 2.1): {0.25: (0.1, 0.1)}})))[0]
 
 
 # ------------------------------------------------------------------------------
@@ -604,7 +757,7 @@ def test_smoke_sweep_killed_and_started_again_equals_one_never_stopped(corpus, t
     assert [r["metrics"] for r in parts] == [r["metrics"] for r in rows]
     assert [r for r in half if r not in parts] == []          # what was finished was not done again
     third = subprocess.run([*command, "--out", tmp_path / "parts"], cwd=HERE, capture_output=True, text=True)
-    assert "tasks" not in third.stdout and results(tmp_path / "parts") == parts
+    assert "at a time; stop it" not in third.stdout and results(tmp_path / "parts") == parts
 
 
 @pytest.mark.parametrize("scale", ["smoke", "paper", "gpu", "full"])
