@@ -4,6 +4,7 @@ The loss and the training loop. A teacher is a run with alpha = 0; a student is 
     python data.py                                                             # once: text -> data/python
     python distill.py --size xs --tokens 8M --seed 1001 --out out/xs           # a (weak) teacher
     python distill.py --size s --tokens 3M --teacher out/xs/ckpt.pt --alpha 0,0.25,0.5,1 --out out/taught
+    python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0.5 --profile  # where the time of a step goes
 
 Several alphas train that many students side by side, on the same batches and with one teacher forward a
 batch. The same command after an interruption goes on from the last state, and repeats nothing if the run is
@@ -33,11 +34,12 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import Batches, Parser, load_meta, run
-from model import (GPT, SIZES, CheckpointError, GPTConfig, count_parameters, load_checkpoint, save_checkpoint,
-                   write_atomically)
+from model import (GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint,
+                   save_checkpoint, write_atomically)
 
 
 class ConfigError(ValueError):
@@ -95,6 +97,10 @@ class Config:
     alpha: tuple = knob((0.0,), "weight of distillation, 0 (plain pretraining) to 1 (pure distillation); "
                         "several, with commas, train one student each", several(float))
     temperature: float = knob(1.0, "temperature of both distributions in the distillation term")
+    top_k: int = knob(0, "keep the teacher's k likeliest tokens; 0: all of them")
+    top_p: float = knob(1.0, "keep the teacher's likeliest tokens up to this probability; 1: all of them")
+    other: bool = knob(False, "true: what top_k or top_p cut is kept as one bucket; false: renormalised away", switch)
+    hard: bool = knob(False, "true: the teacher's likeliest token is the label, with cross-entropy", switch)
     checkpoints: tuple = knob((), "token counts of earlier checkpoints, with commas", several(count))
     batch_size: int = knob(8, "sequences in a batch")
     block_size: int = knob(128, "tokens in a sequence")
@@ -130,6 +136,11 @@ class Config:
             need(0 <= getattr(self, name) < math.inf, f"--{name} must not be negative: {getattr(self, name)}")
         need(self.teacher or not any(self.alpha), "--alpha above 0 needs a --teacher")
         need(any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha = 0: give --alpha")
+        need(self.top_k >= 0 and 0 < self.top_p <= 1, "--top_k must not be negative; --top_p lies in (0, 1]")
+        need(not self.top_k or self.top_p == 1, "--top_k and --top_p exclude each other")
+        need(not self.other or self.top_k or self.top_p < 1, "--other needs --top_k or --top_p")
+        need(not self.hard or not self.top_k and self.top_p == 1 and self.temperature == 1,
+             "--hard goes without --top_k, --top_p and --temperature")
         need(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype cannot be {self.dtype}")
         step = self.tokens_per_step
         need(self.tokens >= step, f"--tokens {self.tokens} is less than one step of {step}")
@@ -144,24 +155,52 @@ class Config:
 # ------------------------------------------------------------------------------
 # the loss
 
-def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None, temperature=1.0):
+def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None,
+                           temperature=1.0, top_k=0, top_p=1.0, other=False, hard=False):
     """
-    The objective at the top of this file, averaged over tokens, in nats.
+    The objective at the top of this file, averaged over tokens, in nats: the plain form.
 
     hidden (B, T, C) and weight (V, C): the student's final states and output head; teacher_hidden (B, T, C'),
-    teacher_weight (V, C'): the teacher's, which gets no gradient; none: plain cross-entropy. targets (B, T):
-    labels. -> loss, ce, kl: loss = (1 - alpha) ce + alpha temperature^2 kl. Only loss carries a gradient.
+    teacher_weight (V, C'): the teacher's, which gets no gradient; none: plain cross-entropy; without
+    teacher_weight, teacher_hidden (B, T, V) are logits already. targets (B, T): labels. top_k, top_p: keep
+    the teacher's k likeliest tokens, or the fewest that have the probability p; the rest is renormalised
+    away, or with `other` kept as one bucket on both sides. hard: the teacher's likeliest token is the label
+    of an ordinary cross-entropy. -> loss, ce, kl: loss = (1 - alpha) ce + alpha temperature^2 kl. Only loss
+    carries a gradient.
     """
-    logits = (hidden @ weight.T).float()                                     # (B, T, V)
-    ce = F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+    logits = (hidden @ weight.T).float().flatten(0, -2)                      # (B*T, V)
+    ce = F.cross_entropy(logits, targets.flatten())
     if teacher_hidden is None:
         return ce, ce.detach(), torch.zeros_like(ce)
-    teacher_logits = (teacher_hidden @ teacher_weight.T).detach().float()    # (B, T, V)
+    teacher_logits = teacher_hidden if teacher_weight is None else teacher_hidden @ teacher_weight.T
+    teacher_logits = teacher_logits.detach().float().flatten(0, -2)
+    if hard:
+        kl = F.cross_entropy(logits, teacher_logits.argmax(-1))
+        return (1 - alpha) * ce + alpha * kl, ce.detach(), kl.detach()
     log_q = F.log_softmax(teacher_logits / temperature, dim=-1)              # teacher
     log_p = F.log_softmax(logits / temperature, dim=-1)                      # student
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
-    loss = (1 - alpha) * ce + alpha * temperature**2 * kl
-    return loss, ce.detach(), kl.detach()
+    if top_k or top_p < 1:
+        keep = kept(log_q, top_k, top_p)
+        if other:
+            q_rest, p_rest = ((log_x.exp() * ~keep).sum(-1).clamp_min(1e-20) for log_x in (log_q, log_p))
+            kl = (log_q.exp() * (log_q - log_p) * keep).sum(-1) + q_rest * (q_rest.log() - p_rest.log())
+        else:
+            q = log_q.exp() * keep
+            q = q / q.sum(-1, keepdim=True)
+            kl = (torch.xlogy(q, q) - q * log_p).sum(-1)
+    else:
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
+    kl = kl.mean()
+    return (1 - alpha) * ce + alpha * temperature**2 * kl, ce.detach(), kl.detach()
+
+
+def kept(log_q, top_k, top_p):
+    """Which tokens of log_q (N, V) a truncated teacher keeps: (N, V), true or false."""
+    if top_k:
+        return log_q >= log_q.topk(min(top_k, log_q.size(-1)), dim=-1).values[:, -1:]
+    q = log_q.exp().sort(dim=-1, descending=True).values
+    first_out = (q.cumsum(-1) - q < top_p).sum(-1, keepdim=True) - 1         # the last that is kept
+    return log_q.exp() >= q.gather(-1, first_out)
 
 
 # ------------------------------------------------------------------------------
@@ -185,7 +224,7 @@ class Student:
         self.model = GPT(shape).to(device)
         self.head = self.model.lm_head.weight
         # as a tensor for the compiled loss: a Python float would be compiled anew for each value
-        self.alpha_tensor = torch.tensor(alpha, device=device)
+        self.alpha_t = torch.tensor(alpha, device=device)
         matrices = [p for p in self.model.parameters() if p.dim() >= 2]
         vectors = [p for p in self.model.parameters() if p.dim() < 2]
         self.optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": config.weight_decay},
@@ -198,7 +237,7 @@ class Student:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -224,18 +263,6 @@ def pick_device(config):
     if device.type != "cuda":
         return device, torch.float32
     return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-
-
-@functools.cache
-def compiler_works(device):
-    """Whether torch.compile can build code here; where it cannot, says so once."""
-    try:
-        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
-        return True
-    except Exception as e:                                   # no compiler, a broken one, no Triton
-        print(f"torch.compile does not work here ({type(e).__name__}; it needs a C++ compiler, on a GPU "
-              "Triton): going on in eager mode, which is slower", file=sys.stderr)
-        return False
 
 
 def checkpoint_path(config, alpha, at=None):
@@ -323,27 +350,24 @@ def train(config, on_tokens=None):
     log = open(log_path, "w")
     log.writelines(log_lines)
 
-    # the fast path is the same functions, compiled: shapes never change in a run, but a process may see many
-    # runs
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
-    torch._dynamo.config.cache_size_limit = 64
-    fast = config.compile and compiler_works(device)
-    fn = functools.partial(torch.compile, dynamic=False) if fast else lambda f: f
-    loss_fn, teach = fn(distill_loss), fn(teacher.hidden) if teacher else None
+    fn, loss_fn = fast_functions(config, device)
+    # the teacher's logits are computed once for all students where they are small, by chunks in the loss otherwise
+    small = shape.vocab_size <= SHARED
+    teach = fn(teacher.forward if small else teacher.hidden) if teacher else None
+    teacher_head = None if small or not teacher else teacher.lm_head.weight
     for student in students:
         student.hidden = fn(student.model.hidden)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
     @torch.no_grad()
     def teacher_hidden(x):
-        return (teach(x), teacher.lm_head.weight) if teacher else (None, None)
+        return (teach(x), teacher_head) if teacher else (None, None)
 
     stopped_by, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM):             # finish the step, then save and leave
             handlers[s] = signal.signal(s, lambda s, _: stopped_by.append(s))
-    name = f"{config.size} ({count_parameters(shape) / 1e6:.2f}M)" + f" x {len(students)}" * (len(students) > 1)
+    name = f"{config.size} ({count_parameters(shape) / 1e6:.2f}M) x {len(students)}"
     bar = tqdm(total=steps * at_step, initial=first_step * at_step, desc=name, unit="tok", unit_scale=True,
                disable=True if on_tokens else None)
     if on_tokens:
@@ -359,8 +383,8 @@ def train(config, on_tokens=None):
                 for student in students:                      # one student per alpha, on the same batch
                     with autocast:
                         known = target if student.alpha else (None, None)
-                        loss, student.ce, student.kl = loss_fn(
-                            student.hidden(x), student.head, y, student.alpha_tensor, *known, config.temperature)
+                        loss, student.ce, student.kl = loss_fn(student.hidden(x), student.head, y,
+                                                               student.alpha_t, *known, config.temperature)
                     student.scaler.scale(loss / config.accumulate).backward()
             lr = learning_rate(config, step, steps)
             for student in students:
@@ -370,8 +394,8 @@ def train(config, on_tokens=None):
             if done in marks:
                 for student in students:
                     path = checkpoint_path(config, student.alpha, marks[done])
-                    save_checkpoint(path, student.model, **identity, tokenizer=meta["tokenizer"], size=config.size,
-                                    tokens=marks[done], seed=config.seed, alpha=student.alpha,
+                    save_checkpoint(path, student.model, **identity, tokenizer=meta["tokenizer"],
+                                    size=config.size, tokens=marks[done], seed=config.seed, alpha=student.alpha,
                                     teacher=config.teacher)
             if step % config.log_every == 0 or done == steps:
                 now, ce = time.time(), [round(s.ce.item(), 5) for s in students]
@@ -400,20 +424,210 @@ def train(config, on_tokens=None):
     return kept
 
 
+# ------------------------------------------------------------------------------
+# speed: nothing from here on changes what is computed
+
+@functools.cache
+def compiler_works(device):
+    """Whether torch.compile can build code here; where it cannot, says so once."""
+    try:
+        torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
+        return True
+    except Exception as e:                                   # no compiler, a broken one, no Triton
+        print(f"torch.compile does not work here ({type(e).__name__}; it needs a C++ compiler, on a GPU "
+              "Triton): going on in eager mode, which is slower", file=sys.stderr)
+        return False
+
+
+def chunk_loss(z, t, y, alpha, temperature, top_k, top_p, other, hard):
+    """
+    Logits z (N, V) and t (N, V) or None, labels y (N,) -> the sums over tokens of ce and of kl. Puts into z the
+    gradient of the summed loss by z, but for -(1 - alpha) at the label: at T = 1, softmax(z) - alpha softmax(t).
+    """
+    norm = z.logsumexp(-1, keepdim=True)
+    ce = (norm - z.gather(-1, y[:, None])).sum()
+    p = (z - norm).exp()
+    if t is None:
+        kl, dz = torch.zeros_like(ce), p
+    elif hard:
+        label = t.argmax(-1, keepdim=True)
+        kl = (norm - z.gather(-1, label)).sum()
+        dz = p.scatter_add(-1, label, (-alpha * torch.ones_like(norm)))
+    else:
+        z_T, t_T = (z, t) if temperature == 1 else (z / temperature, t / temperature)
+        z_norm, t_norm = norm if temperature == 1 else z_T.logsumexp(-1, keepdim=True), t_T.logsumexp(-1, keepdim=True)
+        q, r = (t_T - t_norm).exp(), (z_T - z_norm).exp()
+        if top_k or top_p < 1:
+            keep = kept(t_T - t_norm, top_k, top_p)
+            if other:
+                q_rest, r_rest = ((x * ~keep).sum(-1, keepdim=True).clamp_min(1e-20) for x in (q, r))
+                kl = (q * (t_T - t_norm - z_T + z_norm) * keep).sum() + (q_rest * (q_rest / r_rest).log()).sum()
+                q = torch.where(keep, q, r * q_rest / r_rest)
+            else:
+                q = q * keep / (q * keep).sum(-1, keepdim=True)
+                kl = (torch.xlogy(q, q) - q * (z_T - z_norm)).sum()
+        else:
+            kl = (q * (t_T - z_T)).sum() - t_norm.sum() + z_norm.sum()
+        dz = p - alpha * q if temperature == 1 else (1 - alpha) * p + alpha * temperature * (r - q)
+    z.copy_(dz)
+    return ce, kl
+
+
+CHUNK = 256                          # tokens whose logits are held at once
+SHARED = 4096                        # vocabulary up to which the teacher's logits are kept, for several students
+
+
+class FusedLoss(torch.autograd.Function):
+    """distill_loss by chunks of tokens: both heads, the loss and its gradient in one pass, never over CHUNK x V."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, chunk_fn, options):
+        device, h, y, w, tw = hidden.device.type, hidden.flatten(0, -2), targets.flatten(), weight, teacher_weight
+        th = teacher_hidden.flatten(0, -2) if teacher_hidden is not None else None
+        if torch.is_autocast_enabled(device):                # the products in low precision, the rest in float32
+            low = torch.get_autocast_dtype(device)
+            h, w, th, tw = (x if x is None else x.to(low) for x in (h, w, th, tw))
+        dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(w), 0.0, 0.0
+        # the logits of every chunk go into the same memory: to ask for new pages each time takes a fifth longer
+        z_all, t_all = (h.new_empty(CHUNK, len(w)) for _ in range(2))
+        alpha = alpha if th is not None else 0.0
+        with torch.autocast(device, enabled=False):
+            for i in range(0, len(y), CHUNK):
+                part = slice(i, i + CHUNK)
+                n = len(y[part])
+                z = torch.mm(h[part], w.T, out=z_all[:n]).float()
+                t = None if th is None else th[part].float()
+                if tw is not None:
+                    t = torch.mm(th[part], tw.T, out=t_all[:n]).float()
+                ce_part, kl_part = chunk_fn(z, t, y[part], alpha, temperature, *options)
+                z[torch.arange(n, device=z.device), y[part]] -= 1 - alpha
+                dz, ce, kl = z.to(h.dtype), ce + ce_part, kl + kl_part
+                torch.mm(dz, w, out=dh[part])
+                dw.addmm_(dz.T, h[part])
+        ce, kl = ce / len(y), kl / len(y)
+        ctx.save_for_backward(dh.view_as(hidden), dw)
+        ctx.n, ctx.dtypes = len(y), (hidden.dtype, weight.dtype)
+        ctx.mark_non_differentiable(ce, kl)
+        return (1 - alpha) * ce + alpha * (1 if options[-1] else temperature**2) * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        dh, dw = (x.to(dtype).mul_(grad / ctx.n) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
+        return dh, dw, *[None] * 7
+
+
+def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None, temperature=1.0,
+                 top_k=0, top_p=1.0, other=False, hard=False, chunk_fn=chunk_loss):
+    """distill_loss_reference in its fast form: the same arguments and results; chunk_fn: chunk_loss, or compiled."""
+    return FusedLoss.apply(hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature,
+                           chunk_fn, (top_k, top_p, other, hard))
+
+
+def fast_functions(config, device):
+    """-> (what makes a function fast, the fast form of distill_loss)."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
+    torch._dynamo.config.cache_size_limit = 64               # a run has one shape, a process many runs
+    fast = config.compile and compiler_works(device)
+    fn = functools.partial(torch.compile, dynamic=False) if fast else lambda f: f
+    options = {name: getattr(config, name) for name in ("top_k", "top_p", "other", "hard")}
+    return fn, functools.partial(distill_loss, chunk_fn=fn(chunk_loss), **options)
+
+
+def profile(config, rounds=50):
+    """
+    Print where the time of a step goes for config's teacher and last alpha, each part timed apart in the
+    steady state. FLOPs are flops_per_token's; the peak is that of a product of square matrices, measured
+    beside them.
+    """
+    meta, (device, dtype) = load_meta(config.data), pick_device(config)
+    train_bin = os.path.join(config.data, "train.bin")
+    batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
+    shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    student = Student(shape, config.alpha[-1], config, device, dtype)
+    teacher = load_teacher(config, meta, device) if config.teacher else None
+    fn, loss_fn = fast_functions(config, device)
+    hidden, small = fn(student.model.hidden), shape.vocab_size <= SHARED
+    teach = fn(teacher.forward if small else teacher.hidden) if teacher else None
+    x, y = (part.to(device) for part in batches[0])
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+
+    @torch.no_grad()
+    def target():
+        with autocast:
+            return (teach(x), None if small else teacher.lm_head.weight) if teacher else (None, None)
+
+    def states():
+        with autocast:
+            return hidden(x)
+
+    def loss(h, *known):
+        with autocast:
+            return loss_fn(h, student.head, y, student.alpha_t, *known, config.temperature)[0]
+
+    def step(*known):
+        student.scaler.scale(loss(states(), *known)).backward()
+        student.clip_and_step(config.lr)
+
+    def timed(f):
+        for i in range(rounds + 5):
+            if i == 5:                                       # the first rounds compile and warm up
+                torch.cuda.synchronize() if device.type == "cuda" else None
+                start = time.perf_counter()
+            f()
+        torch.cuda.synchronize() if device.type == "cuda" else None
+        return (time.perf_counter() - start) / rounds
+
+    known, h, n = target(), states().detach().requires_grad_(), x.numel()
+    parts = {"data": timed(lambda: batches[torch.randint(1000, ()).item()])}
+    parts["teacher forward"] = timed(target) if teacher else 0.0
+    parts["student forward"] = timed(states)
+    parts["loss"] = timed(lambda: loss(h, *known))
+    both = timed(lambda: loss(states(), *known).backward())
+    parts["backward"] = both - parts["student forward"] - parts["loss"]
+    parts["optimizer"] = timed(lambda: (clip_grad_norm_(student.model.parameters(), student.grad_clip),
+                                        student.optimizer.step()))
+    whole, plain = timed(lambda: step(*target())), timed(lambda: step(None, None))
+    floor = parts["teacher forward"] + plain
+    side = 4096 if device.type == "cuda" else 1024
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    peak = 2 * side**3 / timed(lambda: a @ a)
+    flops = n * (flops_per_token(shape, backward=True) + (flops_per_token(teacher.config) if teacher else 0))
+    if device.type == "cuda":
+        memory, where = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
+    else:
+        import resource                                      # not on Windows
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        where = f"{torch.get_num_threads()} threads"
+    for part, seconds in parts.items():
+        print(f"{part:16} {1000 * seconds:9.3f} ms {seconds / whole:6.1%}")
+    print(f"{'whole step':16} {1000 * whole:9.3f} ms, {n / whole:,.0f} tokens/s")
+    print(f"{'floor':16} {1000 * floor:9.3f} ms, teacher forward + plain step; the whole is {whole / floor:.3f} times it")
+    print(f"{'FLOP/s':16} {flops / whole / 1e9:9,.1f} G, {flops / whole / peak:.1%} of a product's {peak / 1e9:,.1f} G")
+    print(f"{'peak memory':16} {memory / 2**20:9,.0f} MiB, {where}")
+
+
+# ------------------------------------------------------------------------------
+# the command line
+
 def parse_config(argv=None):
-    """Command line -> Config. Every field of Config is a flag; a wrong one is one line and exit code 2."""
+    """Command line -> (whether to profile, Config). Every field of Config is a flag; a wrong one exits 2."""
     parser = Parser(__doc__)
+    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and stop")
     for f in fields(Config):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         shown = "none" if default == "" else default
         parser.add_argument(f"--{f.name}", type=f.metadata["kind"], default=f.default, metavar=f.name.upper(),
                             help=f"{f.metadata['help']} (default: {shown})")
-    return Config(**vars(parser.parse_args(argv)))
+    args = vars(parser.parse_args(argv))
+    return args.pop("profile"), Config(**args)
 
 
 def main():
-    start = time.time()
-    for checkpoint in train(parse_config()):
+    start, (only_profile, config) = time.time(), parse_config()
+    if only_profile:
+        return profile(config)
+    for checkpoint in train(config):
         print(f"alpha {checkpoint['alpha']:g} at {short(checkpoint['tokens'])} tokens: {checkpoint['path']}")
     print(f"{time.time() - start:.0f} s; next: python eval.py CHECKPOINTS")
 

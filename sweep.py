@@ -235,6 +235,8 @@ def run_tasks(todo, scale, configs, corpus, jobs, save):
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
         bar.close()
+    used, wall = os.times().children_user + os.times().children_system, time.time() - start
+    print(f"all done: {wall / 60:.1f} minutes, {used / wall / torch.get_num_threads():.0%} of the cores busy")
 
 
 def dry_run(scale_name, scale, jobs):

@@ -346,6 +346,92 @@ def test_gradient_in_closed_form_and_by_finite_differences(alpha):
             assert abs((up - down).item() / 2e-2 - weight.grad[i, i].item()) < 1e-4
 
 
+OPTIONS = [{}, {"top_k": 1}, {"top_k": 4}, {"top_k": 50}, {"top_p": 0.7}, {"top_k": 4, "other": True},
+           {"top_p": 0.7, "other": True}, {"hard": True}]
+
+
+def by_hand(z, t, y, alpha, temperature, top_k=0, top_p=1.0, other=False, hard=False):
+    """The loss of one token in plain Python, from its definition."""
+    def softmax(logits, temperature=1.0):
+        e = [math.exp(x / temperature) for x in logits]
+        return [x / sum(e) for x in e]
+    ce, p, q = -math.log(softmax(z)[y]), softmax(z, temperature), softmax(t, temperature)
+    order = sorted(range(len(q)), key=lambda i: -q[i])
+    if hard:
+        return (1 - alpha) * ce - alpha * math.log(softmax(z)[order[0]])
+    keep = order[:top_k or len(q)]
+    if top_p < 1:
+        keep = [i for n, i in enumerate(order) if sum(q[j] for j in order[:n]) < top_p]
+    if other and len(keep) < len(q):
+        pairs = [(q[i], p[i]) for i in keep] + [(1 - sum(q[i] for i in keep), 1 - sum(p[i] for i in keep))]
+    else:
+        pairs = [(q[i] / sum(q[j] for j in keep), p[i]) for i in keep]
+    return (1 - alpha) * ce + alpha * temperature**2 * sum(a * math.log(a / b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_teacher_options_by_hand(options, temperature):
+    hidden, weight, targets, th, tw = pair(3)
+    loss = distill.distill_loss_reference(hidden, weight, targets, 0.6, th, tw, temperature, **options)[0]
+    z, t = (hidden @ weight.T).flatten(0, 1).tolist(), (th @ tw.T).flatten(0, 1).tolist()
+    tokens = [by_hand(*row, 0.6, temperature, **options) for row in zip(z, t, targets.flatten().tolist())]
+    assert abs(loss.item() - sum(tokens) / len(tokens)) < 1e-5
+    given = distill.distill_loss_reference(hidden, weight, targets, 0.6, th @ tw.T, None, temperature, **options)[0]
+    assert torch.equal(given, loss)                           # the teacher's logits in place of its states
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_fused_loss_equals_the_plain_one(options, alpha, temperature, monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK", 4)                  # 10 tokens: two whole chunks and a rest
+    found = []
+    for loss_fn, logits in ((distill.distill_loss, False), (distill.distill_loss, True), (distill.distill_loss_reference, False)):
+        hidden, weight, targets, th, tw = pair(4)
+        th, tw = (th @ tw.T, None) if logits else (th, tw)
+        hidden.requires_grad_(), weight.requires_grad_()
+        loss, ce, kl = loss_fn(hidden, weight, targets, torch.tensor(alpha), th, tw, temperature, **options)
+        (3 * loss).backward()
+        assert not ce.requires_grad and not kl.requires_grad
+        found.append((loss, ce, kl, hidden.grad, weight.grad))
+    for fused, shared, plain in zip(*found):
+        assert fused.shape == plain.shape and torch.allclose(fused, plain, atol=1e-5), (fused, plain)
+        assert torch.allclose(shared, plain, atol=1e-5)       # the teacher's logits in place of its states
+    hidden, weight, targets, th, tw = pair(5)
+    plain, fused = (f(hidden, weight, targets, 0.3)[0] for f in (distill.distill_loss_reference, distill.distill_loss))
+    assert torch.allclose(plain, fused, atol=1e-6)            # no teacher
+
+
+def test_fused_gradient_by_finite_differences(monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK", 4)
+    hidden, weight, targets, th, tw = pair(6)
+    hidden.requires_grad_()
+    def loss_of(h):
+        return distill.distill_loss(h, weight, targets, 0.4, th, tw, 2.0)[0]
+    loss_of(hidden).backward()
+    with torch.no_grad():
+        for i in range(5):
+            moved = torch.zeros_like(hidden)
+            moved[i % 2, i, i] = 1e-2
+            slope = (loss_of(hidden + moved) - loss_of(hidden - moved)).item() / 2e-2
+            assert abs(slope - hidden.grad[i % 2, i, i].item()) < 1e-4
+
+
+def test_fused_loss_in_low_precision_and_compiled(monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK", 4)
+    hidden, weight, targets, th, tw = pair(7)
+    hidden.requires_grad_(), weight.requires_grad_()
+    exact = distill.distill_loss(hidden, weight, targets, 0.4, th, tw)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = distill.distill_loss(hidden, weight, targets, 0.4, th, tw)[0]
+    loss.backward()
+    assert weight.grad.dtype == torch.float32 and loss.dtype == torch.float32 and abs(loss - exact) < 0.05
+    if distill.compiler_works(torch.device("cpu")):
+        fast = torch.compile(distill.chunk_loss, dynamic=False)
+        assert torch.allclose(distill.distill_loss(hidden, weight, targets, torch.tensor(0.4), th, tw, chunk_fn=fast)[0], exact)
+
+
 def test_pure_distillation_from_oneself_is_at_its_minimum():
     hidden, weight, targets, _, _ = pair(2)
     weight.requires_grad_()
@@ -434,7 +520,7 @@ def test_no_compiler_means_eager_and_a_word_about_it(monkeypatch, capsys):
 @pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_goes_on_as_if_never_stopped(corpus, tmp_path, signal_number):
     argv = ["--data", corpus, "--size", "xs", "--tokens", "64K", "--batch_size", "4", "--block_size", "32", "--compile", "false"]
-    whole = distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "whole"), "--checkpoints", "32K"]))
+    whole = distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "whole"), "--checkpoints", "32K"])[1])
     command = [sys.executable, "distill.py", *argv, "--out", str(tmp_path / "parts"), "--checkpoints", "32K"]
     process = subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
     log = tmp_path / "parts" / "log.jsonl"
@@ -443,7 +529,7 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(corpus, tmp_path, signal_numb
     process.send_signal(signal_number)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal_number and "the same command goes on" in err, err
-    parts = distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "parts"), "--checkpoints", "32K"]))
+    parts = distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "parts"), "--checkpoints", "32K"])[1])
     assert [same(weights(p["path"]), weights(w["path"])) for p, w in zip(parts, whole)] == [True, True]
     def steps(run):
         return [json.loads(line)["step"] for line in open(tmp_path / run / "log.jsonl")]
@@ -451,9 +537,9 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(corpus, tmp_path, signal_numb
 
 
 def test_every_field_is_a_flag_with_its_default():
-    assert distill.parse_config([]) == distill.Config()
+    assert distill.parse_config([]) == (False, distill.Config())
     assert {f.name for f in fields(distill.Config)} >= {"teacher", "alpha", "temperature", "tokens", "seed", "compile"}
-    c = distill.parse_config("--teacher t.pt --alpha 0.1,0.25,0.5 --tokens 3M --checkpoints 1M,2M --compile false".split())
+    _, c = distill.parse_config("--teacher t.pt --alpha 0.1,0.25,0.5 --tokens 3M --checkpoints 1M,2M --compile false".split())
     assert (c.alpha, c.tokens, c.checkpoints, c.compile) == ((0.1, 0.25, 0.5), 3145728, (1048576, 2097152), False)
     for n in (1, 1000, 1024, 3 * 2**20, 5 * 2**18, 2**30, 10**9):
         assert distill.count(distill.short(n)) == n
