@@ -92,7 +92,8 @@ def python_corpus():
     for name in PROSE:
         try:
             text = importlib.metadata.distribution(name).read_text("METADATA")
-            ood["prose"].append((f"description/{name}", text))
+            if text:                                         # some systems keep it under another name
+                ood["prose"].append((f"description/{name}", text))
         except importlib.metadata.PackageNotFoundError:
             pass
     return in_domain, ood
@@ -389,7 +390,7 @@ def run(main, *errors):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("\nstopped; start the same command again", file=sys.stderr)
         sys.exit(130)
 
 
@@ -410,6 +411,8 @@ def main():
         name, equals, path = first.partition("=")
         if not equals or not name.isidentifier():
             parser.error(f"--ood takes NAME=FILE, not {first}")
+        if name in ood:
+            parser.error(f"--ood names {name} twice: give all its files at once")
         ood[name] = [path, *more]
     if args.corpus == "python" and (args.train or ood):
         parser.error("--train and --ood go with --corpus text")

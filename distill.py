@@ -22,6 +22,7 @@ For a token with label y, student logits z, teacher logits t and temperature T (
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
 import os
@@ -99,7 +100,7 @@ class Config:
     temperature: float = knob(1.0, "temperature of both distributions in the distillation term")
     top_k: int = knob(0, "keep the teacher's k likeliest tokens; 0: all of them")
     top_p: float = knob(1.0, "keep the teacher's likeliest tokens up to this probability; 1: all of them")
-    other: bool = knob(False, "true: what top_k or top_p cut is kept as one bucket; false: renormalised away", switch)
+    other: bool = knob(False, "true: what they cut off is one more bucket; false: renormalised away", switch)
     hard: bool = knob(False, "true: the teacher's likeliest token is the label, with cross-entropy", switch)
     checkpoints: tuple = knob((), "token counts of earlier checkpoints, with commas", several(count))
     batch_size: int = knob(8, "sequences in a batch")
@@ -133,7 +134,7 @@ class Config:
         for name in ("min_lr", "warmup", "beta1", "beta2"):
             need(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(self, name)}")
         for name in ("weight_decay", "save_every", "seed"):
-            need(0 <= getattr(self, name) < math.inf, f"--{name} must not be negative: {getattr(self, name)}")
+            need(0 <= getattr(self, name) < 2**63, f"--{name} must be from 0 to 2^63, not {getattr(self, name)}")
         need(self.teacher or not any(self.alpha), "--alpha above 0 needs a --teacher")
         need(any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha = 0: give --alpha")
         need(self.top_k >= 0 and 0 < self.top_p <= 1, "--top_k must not be negative; --top_p lies in (0, 1]")
@@ -160,47 +161,53 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, 
     """
     The objective at the top of this file, averaged over tokens, in nats: the plain form.
 
-    hidden (B, T, C) and weight (V, C): the student's final states and output head; teacher_hidden (B, T, C'),
-    teacher_weight (V, C'): the teacher's, which gets no gradient; none: plain cross-entropy; without
-    teacher_weight, teacher_hidden (B, T, V) are logits already. targets (B, T): labels. top_k, top_p: keep
-    the teacher's k likeliest tokens, or the fewest that have the probability p; the rest is renormalised
-    away, or with `other` kept as one bucket on both sides. hard: the teacher's likeliest token is the label
-    of an ordinary cross-entropy. -> loss, ce, kl: loss = (1 - alpha) ce + alpha temperature^2 kl. Only loss
-    carries a gradient.
+    hidden (B, T, C), weight (V, C)                   the student's final states and output head
+    targets (B, T)                                    the labels
+    teacher_hidden (B, T, C'), teacher_weight (V, C') the teacher's, which get no gradient; neither: plain
+                                                      cross-entropy; no weight: logits (B, T, V) instead
+    top_k, top_p, other                               a truncated teacher, see divergence()
+    hard                                              the teacher's likeliest token is one more label
+    -> loss, ce, kl with loss = (1 - alpha) ce + alpha temperature^2 kl; only loss carries a gradient
     """
     logits = (hidden @ weight.T).float().flatten(0, -2)                      # (B*T, V)
     ce = F.cross_entropy(logits, targets.flatten())
     if teacher_hidden is None:
         return ce, ce.detach(), torch.zeros_like(ce)
     teacher_logits = teacher_hidden if teacher_weight is None else teacher_hidden @ teacher_weight.T
-    teacher_logits = teacher_logits.detach().float().flatten(0, -2)
+    teacher_logits = teacher_logits.detach().float().flatten(0, -2)          # (B*T, V)
     if hard:
         kl = F.cross_entropy(logits, teacher_logits.argmax(-1))
-        return (1 - alpha) * ce + alpha * kl, ce.detach(), kl.detach()
-    log_q = F.log_softmax(teacher_logits / temperature, dim=-1)              # teacher
-    log_p = F.log_softmax(logits / temperature, dim=-1)                      # student
-    if top_k or top_p < 1:
-        keep = kept(log_q, top_k, top_p)
-        if other:
-            q_rest, p_rest = ((log_x.exp() * ~keep).sum(-1).clamp_min(1e-20) for log_x in (log_q, log_p))
-            kl = (log_q.exp() * (log_q - log_p) * keep).sum(-1) + q_rest * (q_rest.log() - p_rest.log())
-        else:
-            q = log_q.exp() * keep
-            q = q / q.sum(-1, keepdim=True)
-            kl = (torch.xlogy(q, q) - q * log_p).sum(-1)
     else:
-        kl = (log_q.exp() * (log_q - log_p)).sum(-1)
-    kl = kl.mean()
-    return (1 - alpha) * ce + alpha * temperature**2 * kl, ce.detach(), kl.detach()
+        log_q = F.log_softmax(teacher_logits / temperature, dim=-1)          # teacher
+        log_p = F.log_softmax(logits / temperature, dim=-1)                  # student
+        kl = divergence(log_q, log_p, top_k, top_p, other).mean()
+    loss = (1 - alpha) * ce + alpha * (1 if hard else temperature**2) * kl
+    return loss, ce.detach(), kl.detach()
 
 
-def kept(log_q, top_k, top_p):
-    """Which tokens of log_q (N, V) a truncated teacher keeps: (N, V), true or false."""
+def divergence(log_q, log_p, top_k=0, top_p=1.0, other=False):
+    """
+    KL(q || p) of each token: (N, V), (N, V) -> (N,). Of a truncated teacher only what teacher_keeps() counts;
+    the rest is renormalised away, or with `other` it is one bucket on both sides.
+    """
+    if not top_k and top_p == 1:
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+    keep = teacher_keeps(log_q, top_k, top_p)
+    if other:
+        q_rest, p_rest = ((log_x.exp() * ~keep).sum(-1).clamp_min(1e-20) for log_x in (log_q, log_p))
+        return (log_q.exp() * (log_q - log_p) * keep).sum(-1) + q_rest * (q_rest.log() - p_rest.log())
+    q = log_q.exp() * keep
+    q = q / q.sum(-1, keepdim=True)
+    return (torch.xlogy(q, q) - q * log_p).sum(-1)
+
+
+def teacher_keeps(log_q, top_k, top_p):
+    """Which tokens of log_q (N, V) are the k likeliest, or the fewest of probability p: (N, V), bool."""
     if top_k:
         return log_q >= log_q.topk(min(top_k, log_q.size(-1)), dim=-1).values[:, -1:]
     q = log_q.exp().sort(dim=-1, descending=True).values
-    first_out = (q.cumsum(-1) - q < top_p).sum(-1, keepdim=True) - 1         # the last that is kept
-    return log_q.exp() >= q.gather(-1, first_out)
+    last = (q.cumsum(-1) - q < top_p).sum(-1, keepdim=True) - 1
+    return log_q.exp() >= q.gather(-1, last)
 
 
 # ------------------------------------------------------------------------------
@@ -247,7 +254,8 @@ class Student:
 
     def load_state(self, state):
         for part, saved in state.items():
-            getattr(self, part).load_state_dict(saved)
+            if saved:                                        # a scaler that is not in use has no state
+                getattr(self, part).load_state_dict(saved)
 
 
 def pick_device(config):
@@ -262,7 +270,7 @@ def pick_device(config):
         return device, getattr(torch, config.dtype)
     if device.type != "cuda":
         return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def checkpoint_path(config, alpha, at=None):
@@ -273,13 +281,23 @@ def checkpoint_path(config, alpha, at=None):
 
 def recipe(config):
     """What makes two runs the same run, as plain values: everything but where and how it is run."""
-    elsewhere = ("data", "out", "device", "compile", "log_every", "save_every", "checkpoints")
+    elsewhere = ("data", "out", "teacher", "device", "compile", "log_every", "save_every", "checkpoints")
     return {k: list(v) if isinstance(v, tuple) else v
             for k, v in asdict(config).items() if k not in elsewhere}
 
 
+def fingerprint(model):
+    """The first digits of the sha256 of a model's weights; "" for None."""
+    if model is None:
+        return ""
+    digest = hashlib.sha256()
+    for weight in model.state_dict().values():
+        digest.update(weight.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def load_teacher(config, meta, device):
-    """The frozen teacher of a config. Raises ConfigError if it cannot teach this corpus, or CheckpointError."""
+    """The frozen teacher of a config. Raises ConfigError if it cannot teach here, or CheckpointError."""
     teacher, about = load_checkpoint(config.teacher, device)
     if about.get("tokenizer") != meta["tokenizer"]:
         raise ConfigError(f"teacher and student must share a tokenizer: {config.teacher} was trained with "
@@ -304,6 +322,15 @@ def unfinished(config, state_path, identity, device):
     return state
 
 
+def set_up(config):
+    """-> device, dtype, meta of the corpus, batches, shape of the student, teacher or None. Raises as train()."""
+    meta, (device, dtype) = load_meta(config.data), pick_device(config)
+    train_bin = os.path.join(config.data, "train.bin")
+    batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
+    shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    return device, dtype, meta, batches, shape, load_teacher(config, meta, device) if config.teacher else None
+
+
 def train(config, on_tokens=None):
     """
     Train one student for each alpha of config -> [{"alpha", "tokens", "path"}], one for each checkpoint.
@@ -312,27 +339,22 @@ def train(config, on_tokens=None):
     goes on, in place of a progress bar. Raises ConfigError, DataError or CheckpointError before anything is
     written; SystemExit with 130 or 143 when stopped by Ctrl-C or SIGTERM, after saving the state.
     """
-    meta = load_meta(config.data)
-    device, dtype = pick_device(config)
-    train_bin = os.path.join(config.data, "train.bin")
-    batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
-    shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    device, dtype, meta, batches, shape, teacher = set_up(config)
     at_step = config.tokens_per_step
     steps = config.tokens // at_step
     marks = {c // at_step: c for c in config.checkpoints} | {steps: config.tokens}       # step -> tokens
     kept = [{"alpha": a, "tokens": c, "path": checkpoint_path(config, a, c)}
             for c in marks.values() for a in config.alpha]
-    teacher = load_teacher(config, meta, device) if config.teacher else None
 
     # a finished run is not repeated, an unfinished one goes on, and another's files are not overwritten
-    identity = {"recipe": recipe(config), "corpus": meta["fingerprint"]}
-    last = kept[-1]["path"]
-    if os.path.exists(last):
-        about = load_checkpoint(last)[1]
+    identity = {"recipe": recipe(config), "corpus": meta["fingerprint"], "taught_by": fingerprint(teacher)}
+    there = [path for path in {os.path.join(config.out, "ckpt.pt"), *(k["path"] for k in kept)} if os.path.exists(path)]
+    for path in there:
+        about = load_checkpoint(path)[1]
         if {k: about.get(k) for k in identity} != identity:
-            raise ConfigError(f"{last} comes from a run with other settings: choose another --out")
-        if all(os.path.exists(k["path"]) for k in kept):
-            return kept
+            raise ConfigError(f"{path} comes from a run with other settings: choose another --out")
+    if all(k["path"] in there for k in kept):
+        return kept
     state_path, log_path = os.path.join(config.out, "state.pt"), os.path.join(config.out, "log.jsonl")
     state = unfinished(config, state_path, identity, device)
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
@@ -343,26 +365,16 @@ def train(config, on_tokens=None):
             student.load_state(saved)
         if os.path.exists(log_path):
             with open(log_path) as f:
-                log_lines = [line for line in f
-                             if line.endswith("\n") and json.loads(line)["step"] < first_step]
+                log_lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < first_step]
     for k in kept:
         os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
     log = open(log_path, "w")
     log.writelines(log_lines)
 
-    fn, loss_fn = fast_functions(config, device)
-    # the teacher's logits are computed once for all students where they are small, by chunks in the loss otherwise
-    small = shape.vocab_size <= SHARED
-    teach = fn(teacher.forward if small else teacher.hidden) if teacher else None
-    teacher_head = None if small or not teacher else teacher.lm_head.weight
+    fn, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
     for student in students:
         student.hidden = fn(student.model.hidden)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-
-    @torch.no_grad()
-    def teacher_hidden(x):
-        return (teach(x), teacher_head) if teacher else (None, None)
-
     stopped_by, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
         for s in (signal.SIGINT, signal.SIGTERM):             # finish the step, then save and leave
@@ -377,7 +389,8 @@ def train(config, on_tokens=None):
         for step in range(first_step, steps):
             for micro in range(config.accumulate):
                 x, y = batches[step * config.accumulate + micro]
-                x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+                if device.type == "cuda":                     # from pinned memory the copy does not wait
+                    x, y = (part.pin_memory().to(device, non_blocking=True) for part in (x, y))
                 with autocast:
                     target = teacher_hidden(x)                # one teacher forward serves every student
                 for student in students:                      # one student per alpha, on the same batch
@@ -395,8 +408,8 @@ def train(config, on_tokens=None):
                 for student in students:
                     path = checkpoint_path(config, student.alpha, marks[done])
                     save_checkpoint(path, student.model, **identity, tokenizer=meta["tokenizer"],
-                                    size=config.size, tokens=marks[done], seed=config.seed, alpha=student.alpha,
-                                    teacher=config.teacher)
+                                    size=config.size, tokens=marks[done], seed=config.seed,
+                                    alpha=student.alpha, teacher=config.teacher)
             if step % config.log_every == 0 or done == steps:
                 now, ce = time.time(), [round(s.ce.item(), 5) for s in students]
                 line = {"step": step, "tokens": done * at_step, "lr": lr, "alpha": config.alpha, "ce": ce,
@@ -441,8 +454,8 @@ def compiler_works(device):
 
 def chunk_loss(z, t, y, alpha, temperature, top_k, top_p, other, hard):
     """
-    Logits z (N, V) and t (N, V) or None, labels y (N,) -> the sums over tokens of ce and of kl. Puts into z the
-    gradient of the summed loss by z, but for -(1 - alpha) at the label: at T = 1, softmax(z) - alpha softmax(t).
+    Logits z (N, V) and t (N, V) or None, labels y (N,) -> the sums over tokens of ce and of kl. Puts into z
+    the gradient of the summed loss but for -(1 - alpha) at the label: at T = 1, softmax(z) - alpha softmax(t).
     """
     norm = z.logsumexp(-1, keepdim=True)
     ce = (norm - z.gather(-1, y[:, None])).sum()
@@ -455,13 +468,15 @@ def chunk_loss(z, t, y, alpha, temperature, top_k, top_p, other, hard):
         dz = p.scatter_add(-1, label, (-alpha * torch.ones_like(norm)))
     else:
         z_T, t_T = (z, t) if temperature == 1 else (z / temperature, t / temperature)
-        z_norm, t_norm = norm if temperature == 1 else z_T.logsumexp(-1, keepdim=True), t_T.logsumexp(-1, keepdim=True)
+        z_norm = norm if temperature == 1 else z_T.logsumexp(-1, keepdim=True)
+        t_norm = t_T.logsumexp(-1, keepdim=True)
         q, r = (t_T - t_norm).exp(), (z_T - z_norm).exp()
         if top_k or top_p < 1:
-            keep = kept(t_T - t_norm, top_k, top_p)
+            keep = teacher_keeps(t_T - t_norm, top_k, top_p)
             if other:
                 q_rest, r_rest = ((x * ~keep).sum(-1, keepdim=True).clamp_min(1e-20) for x in (q, r))
-                kl = (q * (t_T - t_norm - z_T + z_norm) * keep).sum() + (q_rest * (q_rest / r_rest).log()).sum()
+                kl = (q * (t_T - t_norm - z_T + z_norm) * keep).sum()
+                kl = kl + (q_rest * (q_rest / r_rest).log()).sum()
                 q = torch.where(keep, q, r * q_rest / r_rest)
             else:
                 q = q * keep / (q * keep).sum(-1, keepdim=True)
@@ -474,21 +489,22 @@ def chunk_loss(z, t, y, alpha, temperature, top_k, top_p, other, hard):
 
 
 CHUNK = 256                          # tokens whose logits are held at once
-SHARED = 4096                        # vocabulary up to which the teacher's logits are kept, for several students
+SHARED = 4096                        # vocabulary up to which students share the teacher's logits
 
 
 class FusedLoss(torch.autograd.Function):
-    """distill_loss by chunks of tokens: both heads, the loss and its gradient in one pass, never over CHUNK x V."""
+    """distill_loss by chunks: heads, loss and gradient in one pass, of the student's logits never over CHUNK x V."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, chunk_fn, options):
-        device, h, y, w, tw = hidden.device.type, hidden.flatten(0, -2), targets.flatten(), weight, teacher_weight
-        th = teacher_hidden.flatten(0, -2) if teacher_hidden is not None else None
-        if torch.is_autocast_enabled(device):                # the products in low precision, the rest in float32
+    def forward(ctx, hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, chunk_fn,
+                options):
+        device, h, w, y = hidden.device.type, hidden.flatten(0, -2), weight, targets.flatten()
+        th, tw = teacher_hidden.flatten(0, -2) if teacher_hidden is not None else None, teacher_weight
+        if torch.is_autocast_enabled(device):                # products in low precision, the rest in float32
             low = torch.get_autocast_dtype(device)
             h, w, th, tw = (x if x is None else x.to(low) for x in (h, w, th, tw))
-        dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(w), 0.0, 0.0
-        # the logits of every chunk go into the same memory: to ask for new pages each time takes a fifth longer
+        dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
+        # every chunk's logits go into the same memory: asking for new pages each time takes a fifth longer
         z_all, t_all = (h.new_empty(CHUNK, len(w)) for _ in range(2))
         alpha = alpha if th is not None else 0.0
         with torch.autocast(device, enabled=False):
@@ -503,7 +519,10 @@ class FusedLoss(torch.autograd.Function):
                 z[torch.arange(n, device=z.device), y[part]] -= 1 - alpha
                 dz, ce, kl = z.to(h.dtype), ce + ce_part, kl + kl_part
                 torch.mm(dz, w, out=dh[part])
-                dw.addmm_(dz.T, h[part])
+                if dw.dtype == dz.dtype:
+                    dw.addmm_(dz.T, h[part])
+                else:                                        # many small sums would be lost in low precision
+                    dw += dz.T @ h[part]
         ce, kl = ce / len(y), kl / len(y)
         ctx.save_for_backward(dh.view_as(hidden), dw)
         ctx.n, ctx.dtypes = len(y), (hidden.dtype, weight.dtype)
@@ -518,20 +537,29 @@ class FusedLoss(torch.autograd.Function):
 
 def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None, temperature=1.0,
                  top_k=0, top_p=1.0, other=False, hard=False, chunk_fn=chunk_loss):
-    """distill_loss_reference in its fast form: the same arguments and results; chunk_fn: chunk_loss, or compiled."""
+    """distill_loss_reference in its fast form: same arguments, same results; chunk_fn may be compiled."""
     return FusedLoss.apply(hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature,
                            chunk_fn, (top_k, top_p, other, hard))
 
 
-def fast_functions(config, device):
-    """-> (what makes a function fast, the fast form of distill_loss)."""
+def fast_functions(config, device, teacher):
+    """
+    -> what makes a function fast; the fast loss; and a function of idx that gives what the loss takes of the
+    teacher: logits where they are small, computed once for all students, or else final states and the head.
+    """
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
-    torch._dynamo.config.cache_size_limit = 64               # a run has one shape, a process many runs
-    fast = config.compile and compiler_works(device)
-    fn = functools.partial(torch.compile, dynamic=False) if fast else lambda f: f
+    fn = lambda f: f
+    if config.compile and compiler_works(device):
+        torch._dynamo.config.cache_size_limit = 64           # a run has one shape, a process many runs
+        fn = functools.partial(torch.compile, dynamic=False)
     options = {name: getattr(config, name) for name in ("top_k", "top_p", "other", "hard")}
-    return fn, functools.partial(distill_loss, chunk_fn=fn(chunk_loss), **options)
+    loss_fn = functools.partial(distill_loss, chunk_fn=fn(chunk_loss), **options)
+    if teacher is None:
+        return fn, loss_fn, lambda idx: (None, None)
+    small = teacher.config.vocab_size <= SHARED
+    teach, head = fn(teacher.forward if small else teacher.hidden), None if small else teacher.lm_head.weight
+    return fn, loss_fn, torch.no_grad()(lambda idx: (teach(idx), head))
 
 
 def profile(config, rounds=50):
@@ -540,22 +568,15 @@ def profile(config, rounds=50):
     steady state. FLOPs are flops_per_token's; the peak is that of a product of square matrices, measured
     beside them.
     """
-    meta, (device, dtype) = load_meta(config.data), pick_device(config)
-    train_bin = os.path.join(config.data, "train.bin")
-    batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
-    shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    device, dtype, _, batches, shape, teacher = set_up(config)
     student = Student(shape, config.alpha[-1], config, device, dtype)
-    teacher = load_teacher(config, meta, device) if config.teacher else None
-    fn, loss_fn = fast_functions(config, device)
-    hidden, small = fn(student.model.hidden), shape.vocab_size <= SHARED
-    teach = fn(teacher.forward if small else teacher.hidden) if teacher else None
-    x, y = (part.to(device) for part in batches[0])
+    fn, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
+    hidden, (x, y) = fn(student.model.hidden), (part.to(device) for part in batches[0])
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
 
-    @torch.no_grad()
     def target():
         with autocast:
-            return (teach(x), None if small else teacher.lm_head.weight) if teacher else (None, None)
+            return teacher_hidden(x)
 
     def states():
         with autocast:
@@ -602,8 +623,8 @@ def profile(config, rounds=50):
     for part, seconds in parts.items():
         print(f"{part:16} {1000 * seconds:9.3f} ms {seconds / whole:6.1%}")
     print(f"{'whole step':16} {1000 * whole:9.3f} ms, {n / whole:,.0f} tokens/s")
-    print(f"{'floor':16} {1000 * floor:9.3f} ms, teacher forward + plain step; the whole is {whole / floor:.3f} times it")
-    print(f"{'FLOP/s':16} {flops / whole / 1e9:9,.1f} G, {flops / whole / peak:.1%} of a product's {peak / 1e9:,.1f} G")
+    print(f"{'whole / floor':16} {whole / floor:9.3f}, the floor being teacher forward + plain step")
+    print(f"{'FLOP/s':16} {flops / whole / 1e9:9,.1f} G, {flops / whole / peak:.1%} of a matrix product's speed")
     print(f"{'peak memory':16} {memory / 2**20:9,.0f} MiB, {where}")
 
 
@@ -613,7 +634,7 @@ def profile(config, rounds=50):
 def parse_config(argv=None):
     """Command line -> (whether to profile, Config). Every field of Config is a flag; a wrong one exits 2."""
     parser = Parser(__doc__)
-    parser.add_argument("--profile", action="store_true", help="print where the time of a step goes, and stop")
+    parser.add_argument("--profile", action="store_true", help="only print where the time of a step goes")
     for f in fields(Config):
         default = ",".join(map(str, f.default)) if isinstance(f.default, tuple) else f.default
         shown = "none" if default == "" else default

@@ -6,9 +6,9 @@ How good is a model: loss in domain and out of distribution, downstream tasks, c
     python eval.py --write_tasks tasks                                             # the items as JSON lines
     python eval.py out/alone/ckpt.pt --tasks tasks/recall.jsonl                    # score these, or your own
 
-Reads checkpoints of distill.py and the corpus folder of data.py. Every model sees the same windows of each
-set and the same task items, cut in two halves from different documents: choose on `select`, quote from
-`report`.
+Reads checkpoints of distill.py and the corpus folder of data.py. Models of one block_size see the same windows
+of each set, and all the same task items. Both are cut in two halves, the first and the second half of the
+held-out documents: choose on `select`, quote from `report`.
 
 The tasks are made from held-out documents. Of next_line (four choices, after HellaSwag, arXiv 1905.07830) the
 accuracy normalised by length is quoted, of minimal_pair (two, after BLiMP, 1912.00582) the plain one, of
@@ -156,8 +156,8 @@ RULES = {"bracket": (wrong_bracket, True), "colon": (wrong_colon, True), "keywor
 
 def break_line(rule, line, before, draw, length):
     """
-    The line broken by a rule, or None. length(line) stays the same, and with it the number of tokens, so that a
-    line is not the likelier one just for being shorter.
+    The line broken by a rule, or None. length(line), its number of tokens, stays the same, so that neither
+    line is the likelier one for being shorter.
     """
     tree, (ways, must_fail) = parse(line), RULES[rule]
     broken = ways(line, before) if tree and line.isascii() else []
@@ -213,7 +213,8 @@ def make_tasks(documents, encoding):
             m = re.search(r"(?<!\w)[A-Za-z]\w{3,}(?=\W*$)", lines[i])
             start = lines[i][:m.start()] if m else ""
             if (start.strip() and spread[m[0]] <= 3 and not hasattr(builtins, m[0])
-                    and m[0] in words_of(before(i)) and m[0] not in words_of(start) and parse(lines[i].strip())):
+                    and m[0] in words_of(before(i)) and m[0] not in words_of(start)
+                    and parse(lines[i].strip())):
                 context = f"{before(i)}\n{start}"
                 space = len(context) - len(context.rstrip())
                 add("recall", context.rstrip(), [" " * space + m[0]], 0)
@@ -260,10 +261,16 @@ def score_items(model, encoding, items, batch_size=64):
     """
     device, T, requests = next(model.parameters()).device, model.config.block_size, []
     for n, item in enumerate(items):
-        start = len(encoding.encode_ordinary(item["context"]))
+        context = item["context"].rstrip()                   # white space at its end belongs to the choice
+        space = item["context"][len(context):]
+        start = len(encoding.encode_ordinary(context))
         for c, choice in enumerate(item["choices"]):
-            ids = encoding.encode_ordinary(item["context"] + choice)
-            requests.append((ids[-T - 1:], min(T, len(ids) - start), n, c))
+            ids = encoding.encode_ordinary(context + space + choice)
+            if len(ids) <= start:
+                raise DataError(f"choice {choice!r} adds no token to its context")
+            if start == 0:                                   # something to predict the first token from
+                ids = [encoding.eot_token, *ids]
+            requests.append((ids[-T - 1:], min(T, len(ids) - max(start, 1)), n, c))
     requests.sort(key=lambda request: len(request[0]))
     total = [[0.0] * len(item["choices"]) for item in items]
     exact = [False] * len(items)
@@ -320,20 +327,19 @@ def evaluate(model, data_dir, windows=256, items=500):
 
 
 def bytes_per_token(data_dir, block_size, windows):
-    """-> {set: mean UTF-8 bytes of the tokens that evaluate() scores}; end-of-text counts as none."""
+    """-> {set: mean UTF-8 bytes of the tokens of the report half}; end-of-text counts as none."""
     encoding = load_tokenizer(data_dir)
     length = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)] + [0]
     length = torch.tensor(length, dtype=torch.float32)
     sizes = {}
     for name, path in evaluation_sets(data_dir).items():
-        rows = torch.cat(list(read_windows(path, block_size, windows).values()))
-        sizes[name] = length[rows[:, 1:]].mean().item()
+        sizes[name] = length[read_windows(path, block_size, windows)["report"][:, 1:]].mean().item()
     return sizes
 
 
 def token_gains(base, student, teacher, data_dir, windows=256):
     """
-    Where does the student gain on the baseline? -> {"in_domain": x, "out": x}, x = {"gain": nats per token,
+    Where does the student gain on the baseline, on the report halves? -> {"in_domain": x, "out": x}, x = {"gain": nats per token,
     "deciles": [(mean baseline loss, gain)], of tokens sorted by the baseline's loss, "groups": {name: (share,
     gain)}}, the groups by who predicts the token right (argmax). shares times gains add up to the whole gain.
 
@@ -343,8 +349,10 @@ def token_gains(base, student, teacher, data_dir, windows=256):
     found, sets = {}, evaluation_sets(data_dir)
     for where in ("in_domain", "out"):
         names = [name for name in sets if (name == "in_domain") == (where == "in_domain")]
-        rows = [read_windows(sets[name], base.config.block_size, windows) for name in names]
-        rows = torch.cat([half for halves in rows for half in halves.values()])
+        if not names:
+            continue
+        size = min(model.config.block_size for model in (base, student, teacher))
+        rows = torch.cat([read_windows(sets[name], size, windows)["report"] for name in names])
         scores = [token_scores(model, rows) for model in (base, student, teacher)]
         (b, b_right, _), (s, _, _), (_, t_right, _) = scores
         gain, order = (b - s).flatten().double(), b.flatten().argsort()
@@ -368,22 +376,21 @@ def open_model(path, data_dir, device):
 
 
 def describe(path, data_dir, windows, items, device):
-    """Evaluate one checkpoint -> what --json prints of it."""
+    """Evaluate one checkpoint -> what --json prints of it: both halves, and figures of the report half."""
     model, about = open_model(path, data_dir, device)
     metrics = evaluate(model, data_dir, windows, items)
     sizes = bytes_per_token(data_dir, model.config.block_size, windows)
     found = {k: about.get(k) for k in ("size", "tokens", "seed", "alpha", "teacher", "corpus")}
     found |= {"path": path, "sets": {}, "tasks": {}}
     for name, half in metrics.items():
-        mean, kind = sum(half.values()) / 2, name.split("/")[0]
+        x, kind = half["report"], name.split("/")[0]
         if kind == "task":
-            found["tasks"][name[5:]] = {**half, "accuracy": mean}
+            found["tasks"][name[5:]] = {**half, "accuracy": x}
         elif kind != "ece":
-            found["sets"][name] = {**half, "loss": mean, "perplexity": math.exp(mean),
-                                   "bits_per_byte": mean / math.log(2) / sizes[name],
-                                   "calibration_error": sum(metrics[f"ece/{name}"].values()) / 2}
-    halves = half_items(load_tasks(data_dir).get("minimal_pair", []), items)
-    pairs = halves["select"] + halves["report"]
+            found["sets"][name] = {**half, "loss": x, "perplexity": math.exp(x),
+                                   "bits_per_byte": x / math.log(2) / sizes[name],
+                                   "calibration_error": metrics[f"ece/{name}"]["report"]}
+    pairs = half_items(load_tasks(data_dir).get("minimal_pair", []), items)["report"]
     by_rule = {}
     for item, (acc, _) in zip(pairs, score_items(model, load_tokenizer(data_dir), pairs)):
         by_rule.setdefault(item["rule"], []).append(acc)
@@ -397,7 +404,7 @@ def print_table(found):
     for i, c in enumerate(found):
         taught = f", alpha {c['alpha']:g} from {c['teacher']}" if c["alpha"] else ""
         print(f"[{i}] {c['path']}: {c['size']}, {c['tokens']:,} tokens, seed {c['seed']}{taught}")
-    print("\nnats per token, perplexity, bits per byte, calibration error"
+    print("\nreport halves: nats per token, perplexity, bits per byte, calibration error"
           + "; in brackets the gain on [0]" * (len(found) > 1))
     print(f"{'':18}" + "".join(f"{f'[{i}]':<42}" for i in range(len(found))).rstrip())
     for name, first in found[0]["sets"].items():
@@ -451,12 +458,18 @@ def main():
     args = parser.parse_args()
     if args.windows < 1 or args.items < 1:
         parser.error("--windows and --items must be at least 1")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is none here")
+    if bool(args.teacher) + bool(args.tasks) + bool(args.write_tasks) > 1:
+        parser.error("--teacher, --tasks and --write_tasks exclude each other")
     if args.teacher and len(args.checkpoints) != 2:
         parser.error("--teacher needs two checkpoints, a baseline and a student")
     if not args.checkpoints and not args.write_tasks:
         parser.error("give at least one CKPT")
     if args.write_tasks:
         tasks = load_tasks(args.data)
+        if not tasks:
+            raise DataError(f"{args.data} has too few held-out documents for 100 items of any task")
         os.makedirs(args.write_tasks, exist_ok=True)
         for task, items in tasks.items():
             lines = "".join(json.dumps(item) + "\n" for item in items)

@@ -69,12 +69,12 @@ SIZES = {
     "60M": _shape(12, 8, 2, 512),
     "124M": _shape(14, 12, 3, 768),
     "350M": _shape(27, 16, 4, 1024),
-    # the paper: named by their parameters at Llama 3's vocabulary of 128,256, untied. 8.0B is Llama 3 8B
+    # the paper: named by their parameters at Llama 3's vocabulary of 128,256, untied. 8B is Llama 3 8B
     # itself; the shapes of the other three are ours, chosen to meet the reported counts
     "0.7B": _shape(18, 20, 5, 1280, False, 3.5),
     "1.7B": _shape(22, 16, 4, 2048, False, 3.5),
     "3.8B": _shape(30, 24, 6, 3072, False),
-    "8.0B": _shape(32, 32, 8, 4096, False, 3.5),
+    "8B": _shape(32, 32, 8, 4096, False, 3.5),
 }
 
 

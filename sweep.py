@@ -23,6 +23,7 @@ import signal
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from data import DataError, Parser, load_meta, load_tokens, prepare, run, write
 from distill import (Config, ConfigError, checkpoint_path, distill_loss, pick_device, several, short, switch,
                      train)
-from eval import evaluate, token_gains
+from eval import evaluate, evaluation_sets, read_windows, token_gains
 from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
 
 K, M, B = 2**10, 2**20, 2**30
@@ -63,7 +64,7 @@ SCALES = {
                  seeds=(1, 2, 3), vocab_size=50_304, corpus="fineweb-edu",
                  training=dict(batch_size=32, accumulate=4, block_size=1024, lr=1e-3)),
     "paper": Scale({size: tuple(n * 10**9 for n in (10, 30, 50, 80, 100, 300))
-                    for size in ("0.7B", "1.7B", "3.8B", "8.0B")},
+                    for size in ("0.7B", "1.7B", "3.8B", "8B")},
                    {"1.7B": 50 * 10**9}, (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256,
                    corpus="fineweb-edu",
                    training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4)),
@@ -142,12 +143,13 @@ def cost_of(task, scale):
 def start_worker(threads, counter, parent):
     """Set a worker process up: its threads, and where it reports the tokens it has trained on."""
     global report_flops
-    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches every process; train() has its own
+    signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches all processes; train() catches it
     torch.set_num_threads(threads)
 
     def report_flops(flops):
         if os.getppid() != parent:
-            sys.exit("the sweep this worker belongs to is gone")
+            print("the sweep that this worker belongs to is gone", file=sys.stderr)
+            os._exit(1)
         counter.put(flops)
 
 
@@ -155,7 +157,7 @@ def run_task(task, scale, config, corpus):
     """In a worker: train, evaluate every checkpoint -> lines of results.jsonl."""
     flops_a_token, start = cost_of(task, scale) / task.budgets[-1], time.time()
     kept = train(config, lambda n: report_flops(n * flops_a_token))
-    seconds = round((time.time() - start) / len(task.alphas), 1)
+    seconds = round((time.time() - start) / len(kept), 1)
     models = (load_checkpoint(c["path"], pick_device(config)[0])[0] for c in kept)
     return [{**row, "metrics": evaluate(model, config.data, scale.windows, scale.items), "seconds": seconds}
             for row, model in zip(rows_of(task, scale, corpus), models)]
@@ -190,7 +192,7 @@ def sweep(scale, data, out, jobs, how):
         if task not in todo and missing & {checkpoint_path(configs[task], 0.0, n) for n in task.budgets}:
             todo.append(task)
 
-    todo.sort(key=lambda task: (task.kind == "student", -cost_of(task, scale)))  # teachers, the costliest first
+    todo.sort(key=lambda task: (task.kind == "student", -cost_of(task, scale)))  # teachers, costliest first
 
     def save(new):                                            # a row that is there already stays as it is
         known = {key(row): row for row in read_rows(results)}
@@ -219,6 +221,8 @@ def run_tasks(todo, scale, configs, corpus, jobs, save):
                 if len(running) < jobs:
                     todo.remove(task)
                     running[pool.submit(run_task, task, scale, configs[task], corpus)] = task
+            if not running:
+                raise DataError(f"{configs[todo[0]].teacher} is missing, and no task makes it")
             ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
             try:
                 while True:
@@ -228,6 +232,8 @@ def run_tasks(todo, scale, configs, corpus, jobs, save):
             for future in ended:
                 save(future.result())
                 bar.write(f"  {time.time() - start:5.0f} s: {running.pop(future)}")
+    except BrokenProcessPool:
+        raise ConfigError("a worker was killed, perhaps for its memory: try fewer --jobs") from None
     except BaseException:
         for worker in multiprocessing.active_children():      # they save their state on SIGTERM
             worker.terminate()
@@ -266,8 +272,8 @@ def dry_run(scale_name, scale, jobs):
     flops = sum(cost_of(t, scale) for t in tasks)
     seconds = sum(cost_of(t, scale) / speed[t.size] for t in tasks)
     print(f"\n{scale_name}: {flops:.2e} FLOPs, " + (
-        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, from uncompiled steps timed "
-        "just now;\npreparing, compiling and evaluating come on top" if here else
+        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, by uncompiled steps timed "
+        "just now\n(preparing, compiling and evaluating come on top)" if here else
         f"{seconds / 3600:,.0f} GPU-hours on an H100 at 40 % of 989 TFLOP/s (computed)"))
 
 
@@ -344,18 +350,16 @@ class Gains:
         return gains
 
     def best_alpha(self, teacher):
-        """seed -> the alpha with the largest gain out of distribution on the select halves."""
-        gains = {alpha: self.gain(teacher, alpha, "out", "select") for alpha in self.cells[teacher]}
-        return {seed: max(gains, key=lambda alpha: gains[alpha][seed]) for seed in self.base}
+        """The alpha with the largest gain out of distribution on the select halves, over all seeds."""
+        return max(self.cells[teacher], key=lambda a: sum(self.gain(teacher, a, "out", "select").values()))
 
     def best(self, teacher, where, half="report", percent=False):
         """seed -> the gain at that alpha."""
-        return {seed: self.gain(teacher, alpha, where, half, percent)[seed]
-                for seed, alpha in self.best_alpha(teacher).items()}
+        return self.gain(teacher, self.best_alpha(teacher), where, half, percent)
 
     def fit(self, where):
-        """-> slope and largest residual of a least-squares line, level against ln(tokens), through the students
-        without a teacher; every seed has its own intercept."""
+        """-> slope and largest residual of a least-squares line, level against ln(tokens), through students
+        without a teacher, each seed with its own intercept."""
         points = []
         for seed in self.base:
             rows = [r for r in self.alone if r["seed"] == seed]
@@ -392,12 +396,12 @@ def findings(g):
     claim, t = "A weak teacher helps a stronger student", strongest_weak(g)
     if t:
         best = {w: list(g.best(t, w).values()) for w in g.wheres}
-        alphas = ", ".join(f"{a:g}" for a in sorted(set(g.best_alpha(t).values())))
         seen = any(lower(best[w]) > 0 for w in g.wheres if w != "in")
-        tasks = f", {show([100 * v for v in best['tasks']], 1)} points on the tasks" if "tasks" in best else ""
-        first = (f"{verdict(claim, best['in'], seen)} {name(t)}, whose own loss is {g.weakness[t]:.3f} above what "
-                 f"the student reaches alone, gives it {show(best['out'])} nats out of distribution, "
-                 f"{show(best['in'])} in domain{tasks}, at alpha {alphas}.")
+        points = [100 * v for v in best.get("tasks", ())]
+        tasks = f", {show(points, 1)} points on the tasks" if points else ""
+        first = (f"{verdict(claim, best['in'], seen)} {name(t)}, whose own loss is {g.weakness[t]:.3f} above "
+                 f"what the student reaches alone, gives it {show(best['out'])} nats out of distribution, "
+                 f"{show(best['in'])} in domain{tasks}, at alpha {g.best_alpha(t):g}.")
     else:
         first = f"**{claim}: not tested**, for no teacher here is weaker than the student alone."
 
@@ -423,22 +427,23 @@ def findings(g):
     ahead = [sum(o[s] - i[s] for i, o in zip(inside, outside)) / len(cells) for s in g.base]
     mixed = [f"{name(t)} at alpha {a:g}" for (t, a), i, o in zip(cells, inside, outside)
              if sum(i.values()) < 0 < sum(o.values())]
-    third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the gain out "
-             f"of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. Losing in domain and "
-             f"gaining outside: {'; '.join(mixed) or 'none'}.")
+    third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the "
+             f"gain out of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. Losing "
+             f"in domain and gaining outside: {'; '.join(mixed) or 'none'}.")
     return [first, second, third]
 
 
 DEFINITIONS = """
 How the verdicts are reached. A gain is how much lower the loss of a student is than that of the alpha = 0
 student of the same seed, in nats per token; ± is a 95 % t-interval over seeds, paired by seed. Alpha is
-chosen for each teacher and seed by the loss out of distribution on the `select` halves; every gain shown is
-of the `report` halves. 1: of the teachers whose own in-domain loss is above the baseline's, the most helpful
-on the select halves gives a gain out of distribution or downstream whose interval lies above zero. 2: along
-teacher size (at the largest budget) or teacher tokens, the best gain is not the strongest teacher's, or its
-last step adds nothing beyond its interval (saturates), or is below zero (reverses). 3: the relative gain out
-of distribution, averaged over all cells, exceeds that in domain, and the interval of the difference lies
-above zero. Below three seeds there is no verdict, only what was seen.
+chosen for each teacher by the mean loss out of distribution on the `select` halves; every gain shown is of
+the `report` halves, but of the same trained students, so choosing still flatters the best a little. 1: of
+the teachers whose own in-domain loss is above the baseline's, the most helpful on the select halves gives a
+gain out of distribution or downstream whose interval lies above zero. 2: along teacher size (at the largest
+budget) or teacher tokens, the best gain is not the strongest teacher's, or its last step adds nothing beyond
+its interval (saturates: no evidence of growth, which noise makes likelier) or is reliably below zero
+(reverses). 3: the relative gain out of distribution, averaged over all cells, exceeds that in domain, and
+the interval of the difference lies above zero. Below three seeds there is no verdict, only what was seen.
 """
 
 
@@ -457,8 +462,7 @@ def report(g):
         best = {w: g.best(t, w).values() for w in g.wheres}
         percent = [show(g.best(t, w, percent=True).values(), 1) for w in g.wheres]
         plain = {w: g.plain_gain(t, w) for w in ("in", "out")}
-        alphas = ", ".join(f"{a:g}" for a in g.best_alpha(t).values())
-        rows.append([name(t), f"{g.weakness[t]:+.3f}", alphas, show(best["in"]), show(best["out"]), *percent,
+        rows.append([name(t), f"{g.weakness[t]:+.3f}", f"{g.best_alpha(t):g}", show(best["in"]), show(best["out"]), *percent,
                      f"{g.compute(t):.2f}", f"{plain['in']:+.3f} / {plain['out']:+.3f}"])
         unsure += [name(t)] * (interval(best["out"])[1] >= abs(interval(best["out"])[0]))
         worse += [name(t)] * (interval(best["out"])[0] < plain["out"])
@@ -466,30 +470,29 @@ def report(g):
     text += [f"{i}. {paragraph}" for i, paragraph in enumerate(findings(g), 1)]
     text += ["", "## The best alpha for each teacher", "",
              f"Alone, the student reaches {g.mean(base, 'in'):.3f} nats per token in domain and "
-             f"{g.mean(base, 'out'):.3f} out of distribution (the mean of {sets}). A teacher's weakness is its own "
-             "in-domain loss minus the former. Compute is that of a step with the teacher's forward pass over that of "
-             "one without; plain is what pretraining alone gains from that much more compute.", ""]
+             f"{g.mean(base, 'out'):.3f} out of distribution (the mean of {sets}). A teacher's weakness is "
+             "its own in-domain loss minus the former. Compute is that of a step with the teacher's forward "
+             "pass over that of one without; plain is what pretraining alone gains from that much more.", ""]
     text += table(["teacher", "weakness", "best alpha", "gain in domain", "gain out", "in, % of loss",
                    "out, % of loss", *["tasks, % of error"] * has_tasks, "compute", "plain, in / out"], rows)
     (slope_in, off_in), (slope_out, off_out) = g.fit("in"), g.fit("out")
-    text += [f"Plain is read off a line through the student alone at {budgets} tokens: {slope_in:+.3f} in domain and "
-             f"{slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most {off_in:.3f} and "
-             f"{off_out:.3f}. Out of distribution, distillation does not pay for its own compute with "
-             f"{', '.join(worse) or 'no teacher'}; the teachers' training is not counted.", "",
-             f"More seeds are needed for {', '.join(unsure) or 'none'}, whose gain out of distribution has no interval "
-             "that excludes zero.", "", "## Every cell: gain in domain / out of distribution", ""]
+    text += [f"Plain is read off a line through the student alone at {budgets} tokens: {slope_in:+.3f} in "
+             f"domain and {slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most "
+             f"{off_in:.3f} and {off_out:.3f}. Out of distribution, distillation does not pay for its own "
+             f"compute with {', '.join(worse) or 'no teacher'}; the teachers' training is not counted.", "",
+             f"More seeds are needed for {', '.join(unsure) or 'none'}, whose gain out of distribution has no "
+             "interval that excludes zero.", "", "## Every cell: gain in domain / out of distribution", ""]
     alphas = sorted({a for t in g.teachers for a in g.cells[t]})
     text += table(["teacher", *(f"alpha {a:g}" for a in alphas)], [
         [name(t), *(" / ".join(show(g.gain(t, a, w).values()) for w in ("in", "out")) for a in alphas)]
         for t in g.teachers])
     if has_tasks:
         text += ["## Tasks and calibration", "",
-                 "Accuracy on the report halves (chance: next_line 0.25, minimal_pair 0.5, recall 0) and expected "
-                 "calibration error, the mean over all sets; students at their best alpha.", ""]
+                 "Accuracy on the report halves (chance: next_line 0.25, minimal_pair 0.5, recall 0) and "
+                 "expected calibration error, the mean over all sets; students at their best alpha.", ""]
         names = [k for k in base[0]["metrics"] if k.startswith("task/")]
         groups = [("student alone", base), *((f"teacher {name(t)}", g.own[t]) for t in g.teachers)]
-        groups += [(f"student from {name(t)}", [g.cells[t][a][s] for s, a in g.best_alpha(t).items()])
-                   for t in g.teachers]
+        groups += [(f"student from {name(t)}", list(g.cells[t][g.best_alpha(t)].values())) for t in g.teachers]
         text += table(["model", "loss in domain", *(k[5:] for k in names), "calibration error"], [
             [who, f"{g.mean(rows, 'in'):.3f}",
              *(f"{interval(r['metrics'][k]['report'] for r in rows)[0]:.3f}" for k in names),
@@ -498,8 +501,8 @@ def report(g):
 
 
 def tokens_report(g, data, config):
-    """Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who: token_gains()});
-    ("", {}) where the checkpoints are not on this machine. config(task) is the Config of a task."""
+    """Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who:
+    token_gains()}), empty where the checkpoints are not on this machine. config(task) is the Config of a task."""
     seed, found = min(g.base), {}
 
     def model(teacher, alpha, seed=seed):
@@ -508,10 +511,11 @@ def tokens_report(g, data, config):
     try:
         base = model(None, 0.0)
         for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)]):
-            alpha = g.best_alpha(t)[seed]
+            alpha = g.best_alpha(t)
             taught_by = config(Task("student", g.size, (g.tokens,), seed, t, g.scale.alphas)).teacher
             teacher = load_checkpoint(taught_by)[0]
-            found[f"from {name(t)}, alpha {alpha:g}"] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
+            who = f"from {name(t)}, alpha {alpha:g}"
+            found[who] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
         if len(g.base) > 1:
             other = model(None, 0.0, max(g.base))
             found["no teacher, another seed"] = token_gains(base, other, teacher, data, g.scale.windows)
@@ -521,10 +525,12 @@ def tokens_report(g, data, config):
     for who, x in ((who, x["out"]) for who, x in found.items()):
         parts = [f"{share * gain:+.4f} ({share:.0%})" for share, gain in x["groups"].values()]
         rows.append([who, f"{x['gain']:+.4f}", *parts, *(f"{x['deciles'][i][1]:+.3f}" for i in (0, -1))])
-    text = ["## Which tokens gain", "", f"Out of distribution, seed {seed}: the whole gain and its four parts by who "
-            "predicts the token right (argmax), with their shares of the tokens; then the mean gain on the easiest and the "
-            "hardest tenth of the tokens, by the baseline's loss.", ""]
-    text += table(["student", "gain", *next(iter(found.values()))["out"]["groups"], "easiest", "hardest"], rows)
+    text = ["## Which tokens gain", "", f"Out of distribution, seed {seed}: the whole gain and its four parts "
+            "by who predicts the token right (argmax), with their shares of the tokens; then the mean gain on "
+            "the easiest and the hardest tenth of the tokens, by the baseline's loss. That sorting alone makes "
+            "any second model look better on the hard ones: compare with another seed where there is one.", ""]
+    groups = next(iter(found.values()))["out"]["groups"]
+    text += table(["student", "gain", *groups, "easiest", "hardest"], rows)
     return "\n".join(text), found
 
 
@@ -556,7 +562,8 @@ def draw(g, path):
     for n in budgets:
         path_ = [t for t in g.teachers if t[1] == n]
         x = [parameters[size] for size, _ in path_]
-        line(by_size, x, [g.best(t, "out") for t in path_], f"{short(n)} tokens", ls=dash[n], color="black", marker="o")
+        line(by_size, x, [g.best(t, "out") for t in path_], f"{short(n)} tokens", ls=dash[n], color="black",
+             marker="o")
     for s in sizes:
         path_ = [t for t in g.teachers if t[0] == s]
         line(by_tokens, [n for _, n in path_], [g.best(t, "out") for t in path_], s, color=shade[s],
@@ -597,10 +604,10 @@ def draw_tokens(found, size, path):
         look = dict(color=plt.cm.viridis(0.85 * k / max(1, len(found) - 1)), label=who)
         tenths.plot(range(1, 11), [gain for _, gain in x["out"]["deciles"]], "-" + "os^"[k], **look)
         parts = [share * gain for share, gain in x["out"]["groups"].values()]
-        groups.bar([i + k * width for i in range(4)], parts, width, edgecolor="black", hatch=("", "//", "..")[k],
-                   **look)
-    tenths.set(title="Gain by difficulty", xlabel="tokens in tenths, by the baseline's loss", xticks=range(1, 11),
-               ylabel="mean gain (nats/token)")
+        x_ = [i + k * width for i in range(4)]
+        groups.bar(x_, parts, width, edgecolor="black", hatch=("", "//", "..")[k], **look)
+    tenths.set(title="Gain by difficulty", xlabel="tokens in tenths, by the baseline's loss",
+               xticks=range(1, 11), ylabel="mean gain (nats/token)")
     groups.set(title="Gain by who predicts the token right", ylabel="part of the whole gain (nats/token)")
     groups.set_xticks([i + 0.4 - width / 2 for i in range(4)],
                       ["both", "teacher\nonly", "baseline\nonly", "neither"])
@@ -638,6 +645,7 @@ def main():
                         help="print every run with its FLOPs and time, do nothing else")
     args = parser.parse_args()
     scale, start = SCALES[args.scale], time.time()
+    pick_device(Config(device=args.device))                  # a wrong one is told before anything is done
     if args.seeds:
         scale = replace(scale, seeds=args.seeds)
     on_gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
@@ -652,8 +660,12 @@ def main():
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
     meta = load_meta(data)
-    for name_ in meta["sets"]:                               # damage is told now, not in an hour
-        load_tokens(os.path.join(data, f"{name_}.bin"))
+    for set_name in meta["sets"]:                            # damage is told now, not in an hour
+        load_tokens(os.path.join(data, f"{set_name}.bin"))
+    for path in evaluation_sets(data).values():
+        read_windows(path, scale.training["block_size"], 1)
+    if not any(set_name.startswith("ood_") for set_name in meta["sets"]):
+        raise DataError(f"{data} has no out-of-distribution set, which the findings need: data.py --ood NAME=FILE")
     scale = replace(scale, vocab_size=meta["vocab_size"])
     os.makedirs(out, exist_ok=True)
     how = {"device": args.device, "compile": args.scale != "smoke" if args.compile is None else args.compile}
@@ -666,12 +678,13 @@ def main():
     for size in scale.students:
         g = Gains(rows, size, scale)
         tokens_text, found = tokens_report(g, data, lambda task: config_of(task, scale, data, out))
-        text += f"\n{report(g)}\n![the findings](findings_{size}.png)\n"
-        text += f"\n{tokens_text}\n![which tokens gain](tokens_{size}.png)\n" if found else ""
+        text += f"\n{report(g)}\n{tokens_text}"
         try:
             draw(g, os.path.join(out, f"findings_{size}"))
+            text += f"\n![the findings](findings_{size}.png)\n"
             if found:
                 draw_tokens(found, size, os.path.join(out, f"tokens_{size}"))
+                text += f"\n![which tokens gain](tokens_{size}.png)\n"
         except ImportError:
             print(f"best gain out of distribution; for the figure: pip install matplotlib\n{chart(g)}")
     text += DEFINITIONS
