@@ -480,8 +480,8 @@ def report(g):
              f"domain and {slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most "
              f"{off_in:.3f} and {off_out:.3f}. Out of distribution, distillation does not pay for its own "
              f"compute with {', '.join(worse) or 'no teacher'}; the teachers' training is not counted.", "",
-             f"More seeds are needed for {', '.join(unsure) or 'none'}, whose gain out of distribution has no "
-             "interval that excludes zero.", "", "## Every cell: gain in domain / out of distribution", ""]
+             *[f"More seeds are needed for {', '.join(unsure)}, whose gain out of distribution has no interval "
+               "that excludes zero.", ""] * bool(unsure), "## Every cell: gain in domain / out of distribution", ""]
     alphas = sorted({a for t in g.teachers for a in g.cells[t]})
     text += table(["teacher", *(f"alpha {a:g}" for a in alphas)], [
         [name(t), *(" / ".join(show(g.gain(t, a, w).values()) for w in ("in", "out")) for a in alphas)]
