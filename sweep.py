@@ -656,6 +656,7 @@ def main():
         return dry_run(args.scale, scale, jobs)
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where a shell started us with it ignored
     out, data = args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
