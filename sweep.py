@@ -50,6 +50,7 @@ class Scale:
     windows: int = 256               # evaluated in each half of a set
     items: int = 500                 # evaluated in each half of a task
     alone: tuple = (0.5, 1, 2)       # budgets of students without a teacher, as multiples: 1 is the baseline
+    reduced: dict = field(default_factory=dict)  # student size -> (teacher budgets, alphas), fewer than all
     training: dict = field(default_factory=lambda: dict(batch_size=8, block_size=128, lr=3e-3))   # of Config
 
 
@@ -58,8 +59,9 @@ SCALES = {
                    (0.25, 1.0), windows=16, items=50),
     "laptop": Scale({"xs": (3 * M,), "s": (3 * M // 4, 3 * M), "m": (3 * M,)},
                     {"s": 3 * M // 2, "xs": 3 * M // 4}, (0.25, 0.5, 1.0)),
-    "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M},
-                  (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3)),
+    "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M, "xs": 3 * M},
+                  (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3),
+                  reduced={"xs": ((1 * M, 8 * M), (0.25, 0.5, 1.0))}),
     "gpu": Scale({size: (B // 2, 1 * B, 2 * B) for size in ("30M", "60M", "124M", "350M")}, {"124M": 1 * B},
                  seeds=(1, 2, 3), vocab_size=50_304, corpus="fineweb-edu",
                  training=dict(batch_size=32, accumulate=4, block_size=1024, lr=1e-3)),
@@ -101,8 +103,10 @@ def plan(scale):
         tasks += [Task("teacher", size, budgets, 1000 + seed) for size, budgets in scale.teachers.items()]
         for size, n in scale.students.items():
             tasks += [Task("student", size, (int(n * multiple),), seed) for multiple in scale.alone]
-            tasks += [Task("student", size, (n,), seed, (t, budget), scale.alphas)
-                      for t, budgets in scale.teachers.items() for budget in budgets]
+            kept, alphas = scale.reduced.get(size, (None, scale.alphas))
+            tasks += [Task("student", size, (n,), seed, (t, budget), alphas)
+                      for t, budgets in scale.teachers.items() for budget in budgets
+                      if kept is None or budget in kept]
     return tasks
 
 
@@ -506,14 +510,14 @@ def tokens_report(g, data, config):
     seed, found = min(g.base), {}
 
     def model(teacher, alpha, seed=seed):
-        task = Task("student", g.size, (g.tokens,), seed, teacher, g.scale.alphas if teacher else (0.0,))
+        alphas = tuple(g.cells[teacher]) if teacher else (0.0,)
+        task = Task("student", g.size, (g.tokens,), seed, teacher, alphas)
         return load_checkpoint(checkpoint_path(config(task), alpha))[0]
     try:
         base = model(None, 0.0)
         for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)]):
             alpha = g.best_alpha(t)
-            taught_by = config(Task("student", g.size, (g.tokens,), seed, t, g.scale.alphas)).teacher
-            teacher = load_checkpoint(taught_by)[0]
+            teacher = load_checkpoint(config(Task("student", g.size, (g.tokens,), seed, t)).teacher)[0]
             who = f"from {name(t)}, alpha {alpha:g}"
             found[who] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
         if len(g.base) > 1:
