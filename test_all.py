@@ -20,6 +20,7 @@ import warnings
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -39,9 +40,10 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small text corpus: 'in domain' is this repository's code, 'poem' something else."""
+    """A small text corpus: 'in domain' is some of Python's standard library, 'poem' something else."""
     folder = tmp_path_factory.mktemp("corpus")
-    sources = [HERE / name for name in ("data.py", "distill.py", "model.py", "sweep.py", "eval.py", "test_all.py")]
+    stdlib = Path(os.__file__).parent
+    sources = [stdlib / name for name in ("argparse.py", "ast.py", "heapq.py", "tarfile.py", "typing.py")]
     (folder / "poem.txt").write_text(poem(40))
     (folder / "more.txt").write_text(poem(400, seed=1))       # so that some of it is held out, whatever the code's hashes
     data.prepare("text", str(folder / "data"), 300, train=[*map(str, sources), str(folder / "more.txt")],
@@ -703,10 +705,25 @@ def test_token_gains_add_up(corpus, tmp_path, monkeypatch, capsys):
         rows = evaluation.read_windows(evaluation.evaluation_sets(corpus)[name], 32, 64)["report"]
         (b, br, _), (s, _, _), (_, tr, _) = (evaluation.token_scores(m, rows) for m in models)
         only = [(b - s)[i, j].item() for i, j in zip(*np.nonzero((tr & ~br).numpy()))]
-        assert abs(x["groups"]["teacher only"][1] - np.mean(only)) < 1e-5
+        assert x["groups"]["teacher only"][0] == len(only) / b.numel()       # none, if the teacher learned little
+        assert abs(x["groups"]["teacher only"][1] - (np.mean(only) if only else 0)) < 1e-5
     argv = [both[0]["path"], both[1]["path"], "--teacher", teacher, "--data", corpus]
     code, out, err = run_script(evaluation.main, argv, monkeypatch, capsys)
     assert code == 0 and "teacher only" in out and out.count("tenths") == 2
+
+
+def test_token_groups_of_made_up_models(corpus, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    loss, right = torch.rand(3, 64, 32, generator=draw), torch.rand(3, 64, 32, generator=draw) < 0.5
+    models = [SimpleNamespace(config=SimpleNamespace(block_size=32), k=k) for k in range(3)]
+    monkeypatch.setattr(evaluation, "token_scores", lambda m, rows: (loss[m.k, :len(rows)], right[m.k, :len(rows)], None))
+    for x in evaluation.token_gains(*models, corpus, 64).values():
+        seen = dict.fromkeys([(True, True), (True, False), (False, True), (False, False)], ())
+        for r in range(64):
+            for t in range(32):
+                seen[right[2, r, t].item(), right[0, r, t].item()] += ((loss[0, r, t] - loss[1, r, t]).item(),)
+        for (share, gain), gains in zip(x["groups"].values(), seen.values()):
+            assert abs(gain - np.mean(gains)) < 1e-6 and abs(share - len(gains) / 2048) < 1e-9
 
 
 def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
