@@ -509,15 +509,16 @@ def tokens_report(g, data, config):
     token_gains()}), empty where the checkpoints are not on this machine. config(task) is the Config of a task."""
     seed, found = min(g.base), {}
 
+    def config_for(teacher, seed):
+        return config(Task("student", g.size, (g.tokens,), seed, teacher, tuple(g.cells.get(teacher, [0.0]))))
+
     def model(teacher, alpha, seed=seed):
-        alphas = tuple(g.cells[teacher]) if teacher else (0.0,)
-        task = Task("student", g.size, (g.tokens,), seed, teacher, alphas)
-        return load_checkpoint(checkpoint_path(config(task), alpha))[0]
+        return load_checkpoint(checkpoint_path(config_for(teacher, seed), alpha))[0]
     try:
         base = model(None, 0.0)
         for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)]):
             alpha = g.best_alpha(t)
-            teacher = load_checkpoint(config(Task("student", g.size, (g.tokens,), seed, t)).teacher)[0]
+            teacher = load_checkpoint(config_for(t, seed).teacher)[0]
             who = f"from {name(t)}, alpha {alpha:g}"
             found[who] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
         if len(g.base) > 1:
