@@ -27,6 +27,7 @@ import json
 import math
 import os
 import signal
+import statistics
 import sys
 import threading
 import time
@@ -562,17 +563,18 @@ def fast_functions(config, device, teacher):
     return fn, loss_fn, torch.no_grad()(lambda idx: (teach(idx), head))
 
 
-def profile(config, rounds=50):
+def profile(config, blocks=15, calls=5):
     """
-    Print where the time of a step goes for config's teacher and last alpha, each part timed apart in the
-    steady state. FLOPs are flops_per_token's; the peak is that of a product of square matrices, measured
-    beside them.
+    Print where the time of a step goes for config's teacher and last alpha: medians over blocks of calls, in
+    which the parts take turns, because a machine's speed drifts. FLOPs are flops_per_token's; the peak is the
+    speed of a product of square matrices, measured beside them.
     """
     device, dtype, _, batches, shape, teacher = set_up(config)
     student = Student(shape, config.alpha[-1], config, device, dtype)
     fn, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
     hidden, (x, y) = fn(student.model.hidden), (part.to(device) for part in batches[0])
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def target():
         with autocast:
@@ -586,33 +588,34 @@ def profile(config, rounds=50):
         with autocast:
             return loss_fn(h, student.head, y, student.alpha_t, *known, config.temperature)[0]
 
+    def update():
+        clip_grad_norm_(student.model.parameters(), student.grad_clip)
+        student.optimizer.step()
+
     def step(*known):
         student.scaler.scale(loss(states(), *known)).backward()
         student.clip_and_step(config.lr)
 
-    def timed(f):
-        for i in range(rounds + 5):
-            if i == 5:                                       # the first rounds compile and warm up
-                torch.cuda.synchronize() if device.type == "cuda" else None
-                start = time.perf_counter()
-            f()
-        torch.cuda.synchronize() if device.type == "cuda" else None
-        return (time.perf_counter() - start) / rounds
-
     known, h, n = target(), states().detach().requires_grad_(), x.numel()
-    parts = {"data": timed(lambda: batches[torch.randint(1000, ()).item()])}
-    parts["teacher forward"] = timed(target) if teacher else 0.0
-    parts["student forward"] = timed(states)
-    parts["loss"] = timed(lambda: loss(h, *known))
-    both = timed(lambda: loss(states(), *known).backward())
-    parts["backward"] = both - parts["student forward"] - parts["loss"]
-    parts["optimizer"] = timed(lambda: (clip_grad_norm_(student.model.parameters(), student.grad_clip),
-                                        student.optimizer.step()))
-    whole, plain = timed(lambda: step(*target())), timed(lambda: step(None, None))
-    floor = parts["teacher forward"] + plain
     side = 4096 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
-    peak = 2 * side**3 / timed(lambda: a @ a)
+    calls_of = {"data": lambda: batches[torch.randint(1000, ()).item()], "teacher forward": target,
+                "student forward": states, "loss": lambda: loss(h, *known),
+                "backward": lambda: loss(states(), *known).backward(), "optimizer": update,
+                "whole": lambda: step(*target()), "plain": lambda: step(None, None), "product": lambda: a @ a}
+    times = {part: [] for part in calls_of}
+    for block in range(blocks + 1):
+        for part, call in calls_of.items():
+            wait()
+            start = time.perf_counter()
+            for _ in range(calls):
+                call()
+            wait()
+            times[part].append((time.perf_counter() - start) / calls)
+    time_of = {part: statistics.median(seconds[1:]) for part, seconds in times.items()}  # the first compiled
+    time_of["backward"] -= time_of["student forward"] + time_of["loss"]
+    time_of["teacher forward"] *= teacher is not None
+    whole, floor = time_of["whole"], time_of["teacher forward"] + time_of["plain"]
     flops = n * (flops_per_token(shape, backward=True) + (flops_per_token(teacher.config) if teacher else 0))
     if device.type == "cuda":
         memory, where = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -620,10 +623,11 @@ def profile(config, rounds=50):
         import resource                                      # not on Windows
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         where = f"{torch.get_num_threads()} threads"
-    for part, seconds in parts.items():
-        print(f"{part:16} {1000 * seconds:9.3f} ms {seconds / whole:6.1%}")
+    for part in ("data", "teacher forward", "student forward", "loss", "backward", "optimizer"):
+        print(f"{part:16} {1000 * time_of[part]:9.3f} ms {time_of[part] / whole:6.1%}")
     print(f"{'whole step':16} {1000 * whole:9.3f} ms, {n / whole:,.0f} tokens/s")
     print(f"{'whole / floor':16} {whole / floor:9.3f}, the floor being teacher forward + plain step")
+    peak = 2 * side**3 / time_of["product"]
     print(f"{'FLOP/s':16} {flops / whole / 1e9:9,.1f} G, {flops / whole / peak:.1%} of a matrix product's speed")
     print(f"{'peak memory':16} {memory / 2**20:9,.0f} MiB, {where}")
 
