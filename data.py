@@ -17,6 +17,7 @@ tiktoken.
 import argparse
 import ast
 import base64
+import functools
 import hashlib
 import heapq
 import importlib.metadata
@@ -25,6 +26,7 @@ import json
 import os
 import sys
 import sysconfig
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -33,6 +35,11 @@ import regex                        # tiktoken's own dependency: `re` lacks \p{L
 import tiktoken
 import torch
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                 # on Windows nothing keeps two processes apart
+    fcntl = None
 
 END_OF_TEXT = "<|endoftext|>"
 # words, numbers of up to 3 digits, punctuation, and white space; a leading space belongs to the word, as in
@@ -216,14 +223,40 @@ def make_encoding(ranks, pattern):
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 
+def read_json(path, most):
+    """The value of a JSON file of at most so many bytes. Raises FileNotFoundError, or ValueError."""
+    if os.path.getsize(path) > most:
+        raise ValueError(f"{path} is larger than {most} bytes")
+    with open(path, encoding="utf-8") as f:
+        try:
+            return json.load(f)
+        except RecursionError:
+            raise ValueError(f"{path} is nested too deeply") from None
+
+
+def read_lines(path):
+    """The values of a file of JSON lines. Raises OSError, or DataError with the line that is none."""
+    values = []
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                values += [json.loads(line.decode())] if line.strip() else []
+            except (ValueError, RecursionError):
+                raise DataError(f"{path}: line {number} is no JSON") from None
+    return values
+
+
 def load_tokenizer(data_dir):
     """The tiktoken.Encoding a corpus folder was made with. Raises DataError."""
-    path = os.path.join(data_dir, "tokenizer.json")
+    path, meta = os.path.join(data_dir, "tokenizer.json"), load_meta(data_dir)
     try:
-        with open(path, encoding="utf-8") as f:
-            saved = json.load(f)
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(saved["tokens"])}
-        return make_encoding(ranks, saved["pattern"])
+        saved = read_json(path, 2**26)
+        tokens = [base64.b64decode(token) for token in saved["tokens"]]
+        if (sha(json.dumps(saved)) != meta["tokenizer"] or saved["pattern"] != PATTERN
+                or len(tokens) != meta["vocab_size"] - 1 or len(set(tokens)) != len(tokens)
+                or not {bytes([b]) for b in range(256)} <= set(tokens)):
+            raise ValueError
+        return make_encoding({token: rank for rank, token in enumerate(tokens)}, saved["pattern"])
     except FileNotFoundError:
         raise DataError(f"no tokenizer at {path}: make the corpus with data.py --out {data_dir}") from None
     except (ValueError, KeyError, TypeError):
@@ -233,30 +266,59 @@ def load_tokenizer(data_dir):
 # ------------------------------------------------------------------------------
 # tokens on disk
 
+def checksum(meta):
+    """Of everything else in a meta.json."""
+    return sha(json.dumps({key: value for key, value in meta.items() if key != "checksum"}, sort_keys=True))
+
+
+META = {"corpus": str, "source": str, "fingerprint": str, "tokenizer": str, "asked_vocab_size": int,
+        "vocab_size": int, "dtype": str, "sets": dict}       # what meta.json holds, and of each set:
+SET = {"documents": int, "tokens": int, "bytes": int, "bytes_per_token": float, "sha256": str}
+
+
 def load_meta(data_dir):
     """meta.json of a corpus folder: fingerprints, counts, bytes per token, versions. Raises DataError."""
     path = os.path.join(data_dir, "meta.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-        meta["fingerprint"], meta["tokenizer"], meta["vocab_size"], meta["dtype"], meta["sets"]["train"]
+        meta = read_json(path, 2**20)
+        fit = (all(type(meta[key]) is kind for key, kind in META.items())
+               and all(type(s[key]) is kind for s in meta["sets"].values() for key, kind in SET.items())
+               and all(regex.fullmatch(r"train|val|ood_\w+", name) for name in meta["sets"]))
+        if (not fit or meta["checksum"] != checksum(meta) or meta["dtype"] not in ("uint16", "uint32")
+                or not 257 <= meta["vocab_size"] <= 2**20):
+            raise ValueError
+        meta["sets"]["train"], meta["sets"]["val"]
         return meta
     except FileNotFoundError:
         raise DataError(f"{data_dir} has no meta.json, so is no corpus: make one with data.py") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise DataError(f"{path} is damaged: delete {data_dir} and make it again with data.py") from None
 
 
+@functools.lru_cache(maxsize=64)
+def contents(path, dtype, modified):
+    """-> sha256 and largest id of a .bin, read once a process and version of the file."""
+    digest, largest = hashlib.sha256(), -1
+    with open(path, "rb") as f:
+        while part := f.read(2**24):
+            digest.update(part)
+            largest = max(largest, int(np.frombuffer(part, dtype).max()))
+    return digest.hexdigest(), largest
+
+
 def load_tokens(path):
-    """The ids in a .bin as a memory map, its length checked against meta.json beside it. Raises DataError."""
+    """The ids in a .bin as a memory map, checked against meta.json beside it. Raises DataError."""
     meta = load_meta(os.path.dirname(path) or ".")
     name = os.path.basename(path).removesuffix(".bin")
     if name not in meta["sets"]:
         raise DataError(f"{path} is not a set of this corpus, which has {', '.join(meta['sets'])}")
     expected = meta["sets"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize
-    if not os.path.isfile(path) or os.path.getsize(path) != expected:
+    if not os.path.isfile(path) or os.path.getsize(path) != expected or not expected:
         raise DataError(f"{path} is missing or not {expected:,} bytes long: delete its folder and make it "
                         "again with data.py")
+    found, largest = contents(path, meta["dtype"], os.stat(path).st_mtime_ns)
+    if found != meta["sets"][name]["sha256"] or largest >= meta["vocab_size"]:
+        raise DataError(f"{path} is damaged: delete its folder and make it again with data.py")
     return np.memmap(path, dtype=meta["dtype"], mode="r")
 
 
@@ -321,6 +383,9 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         raise DataError(f"{out_dir} holds another corpus: choose another --out, or delete it")
 
     os.makedirs(out_dir, exist_ok=True)
+    claim = lock(out_dir, wait=600)                          # held until this function returns
+    if os.path.exists(os.path.join(out_dir, "meta.json")):   # another process was faster
+        return prepare(corpus, out_dir, vocab_size, train, ood)
     sample, size = [], 0
     for _, text in sets["train"]:
         if size < BPE_BYTES:
@@ -353,6 +418,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
                               "sha256": sha(ids.tobytes(), 64)}
     bar.close()
     meta["fingerprint"] = sha(json.dumps([meta["tokenizer"], meta["sets"]]))
+    meta["checksum"] = checksum(meta)
     write(out_dir, "meta.json", json.dumps(meta, indent=1).encode())
     return meta
 
@@ -371,6 +437,26 @@ def write(folder, name, data):
             os.remove(temporary)
 
 
+def lock(folder, wait=5):
+    """
+    Claim a folder for this process, and clear what a killed one left half-written. The claim ends with the
+    object that is returned, or with the process. Raises DataError if another has it for `wait` seconds more.
+    """
+    claim, until = open(os.path.join(folder, ".lock"), "w"), time.monotonic() + wait
+    while fcntl:
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise DataError(f"another process is at work in {folder}: wait for it, or stop it") from None
+            time.sleep(0.1)
+    for pattern in ("*.tmp", "*/*.tmp"):
+        for half in Path(folder).glob(pattern):
+            half.unlink(missing_ok=True)
+    return claim
+
+
 class Parser(argparse.ArgumentParser):
     """The command line of a script: its docstring is the help; a mistake is one line and exit code 2."""
 
@@ -378,16 +464,26 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                          allow_abbrev=False)
 
+    def parse_args(self, argv=None):
+        for word in sys.argv[1:] if argv is None else argv:
+            if word.endswith("=--"):                         # argparse would make an empty list of it
+                self.error(f"{word} has no value")
+        return super().parse_args(argv)
+
     def error(self, message):
         self.exit(2, f"error: {message} (--help lists every flag)\n")
 
 
 def run(main, *errors):
     """Run a script: bad input (DataError, OSError, errors) is one line and exit code 2; Ctrl-C, 130."""
+    for stream in (sys.stdout, sys.stderr):                  # a file's name can be more than these can print
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
-    except (DataError, OSError, *errors) as e:
-        print(f"error: {e}", file=sys.stderr)
+    except (DataError, OSError, MemoryError, RuntimeError, *errors) as e:
+        if isinstance(e, RuntimeError) and "memory" not in str(e):
+            raise                                            # a fault of ours; without memory is torch's own word
+        print(f"error: {e or 'out of memory'}".split("\n")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; start the same command again", file=sys.stderr)

@@ -26,6 +26,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -39,9 +40,9 @@ import torch.nn.functional as F
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import Batches, Parser, load_meta, run
+from data import Batches, Parser, load_meta, lock, run, write
 from model import (GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint,
-                   save_checkpoint, write_atomically)
+                   read_sealed, save_checkpoint, write_atomically)
 
 
 class ConfigError(ValueError):
@@ -128,17 +129,17 @@ class Config:
         need(self.size in SIZES, f"--size must be one of {' '.join(SIZES)}, not {self.size}")
         alphas = ",".join(f"{a:g}" for a in self.alpha)
         need(alphas and all(0 <= a <= 1 for a in self.alpha), f"--alpha must lie in [0, 1], not {alphas}")
-        need(len(set(self.alpha)) == len(self.alpha), f"--alpha names a value twice: {alphas}")
+        need(len(set(alphas.split(","))) == len(self.alpha), f"--alpha names a value twice: {alphas}")
         need(0 < self.temperature < math.inf, f"--temperature must be above 0, not {self.temperature}")
         for name in ("tokens", "batch_size", "block_size", "accumulate", "lr", "grad_clip", "log_every"):
-            need(0 < getattr(self, name) < math.inf, f"--{name} must be above 0, not {getattr(self, name)}")
+            need(0 < getattr(self, name) < 2**63, f"--{name} must be above 0, not {getattr(self, name)}")
         for name in ("min_lr", "warmup", "beta1", "beta2"):
             need(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(self, name)}")
         for name in ("weight_decay", "save_every", "seed"):
             need(0 <= getattr(self, name) < 2**63, f"--{name} must be from 0 to 2^63, not {getattr(self, name)}")
         need(self.teacher or not any(self.alpha), "--alpha above 0 needs a --teacher")
         need(any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha = 0: give --alpha")
-        need(self.top_k >= 0 and 0 < self.top_p <= 1, "--top_k must not be negative; --top_p lies in (0, 1]")
+        need(0 <= self.top_k < 2**31 and 0 < self.top_p <= 1, "--top_k must not be negative; --top_p lies in (0, 1]")
         need(not self.top_k or self.top_p == 1, "--top_k and --top_p exclude each other")
         need(not self.other or self.top_k or self.top_p < 1, "--other needs --top_k or --top_p")
         need(not self.hard or not self.top_k and self.top_p == 1 and self.temperature == 1,
@@ -223,6 +224,9 @@ def learning_rate(config, step, steps):
     return config.lr * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+OVERFLOWS = 100                      # float16 steps in a row that may overflow, each lowering the loss's scale
+
+
 class Student:
     """One model in training, its optimizer and its alpha."""
 
@@ -240,15 +244,30 @@ class Student:
                                            betas=(config.beta1, config.beta2), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.grad_clip = config.grad_clip
+        # steps with a loss or gradient that is no finite number, in a row and in all; kept on the device, to be
+        # asked for rarely
+        self.failed, self.skipped = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
 
     def clip_and_step(self, lr):
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
-        clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        norm = clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        wrong = ~(norm + self.ce).isfinite()
+        self.failed, self.skipped = (self.failed + 1) * wrong, self.skipped + wrong
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def check(self, config, step, steps):
+        """Raises ConfigError where training went wrong: in float16 some steps may fail and are left out."""
+        failed = self.failed.item()
+        if failed >= (OVERFLOWS if self.scaler.is_enabled() else 1):
+            first = step - failed + 1
+            raise ConfigError(f"alpha {self.alpha:g}: loss or gradient is not finite since step {first} (batch "
+                              f"{first * config.accumulate} of seed {config.seed}, learning rate "
+                              f"{learning_rate(config, first, steps):.3g}): lower --lr, or look at the data; "
+                              "the last good state and checkpoints are kept")
 
     def state(self):
         return {part: getattr(self, part).state_dict() for part in ("model", "optimizer", "scaler")}
@@ -265,6 +284,8 @@ def pick_device(config):
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError
     except (RuntimeError, AssertionError):
         raise ConfigError(f"--device {name} is not to be had here: use cpu, or auto") from None
     if config.dtype != "auto":
@@ -314,13 +335,37 @@ def unfinished(config, state_path, identity, device):
     if not os.path.exists(state_path):
         return None
     try:
-        state = torch.load(state_path, map_location=device, weights_only=True)
+        state = read_sealed(state_path, device)
         same = {k: state[k] for k in identity} == identity
-    except Exception:
+    except (CheckpointError, KeyError, TypeError):
         raise CheckpointError(f"{state_path} is damaged: delete it to start the run anew") from None
     if not same:
         raise ConfigError(f"{config.out} holds an unfinished run with other settings: choose another --out")
     return state
+
+
+def finished(config, kept, identity):
+    """Whether all of kept is there already. Raises ConfigError if --out has files of another run."""
+    paths = {k["path"] for k in kept}
+    there = [path for path in paths | {os.path.join(config.out, "ckpt.pt")} if os.path.exists(path)]
+    for path in there:
+        about = load_checkpoint(path)[1]
+        if {k: about.get(k) for k in identity} != identity:
+            raise ConfigError(f"{path} comes from a run with other settings: choose another --out")
+    return paths <= set(there)
+
+
+def read_log(path, first_step):
+    """The lines of an interrupted run's log that come before first_step."""
+    kept = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                try:
+                    kept += [line] * (line.endswith("}\n") and json.loads(line)["step"] < first_step)
+                except (ValueError, KeyError, TypeError, RecursionError):  # half a line of a killed run
+                    pass
+    return kept
 
 
 def set_up(config):
@@ -330,6 +375,59 @@ def set_up(config):
     batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
     return device, dtype, meta, batches, shape, load_teacher(config, meta, device) if config.teacher else None
+
+
+def memory_needed(config, shape, teacher_shape, low=False):
+    """
+    Bytes that training takes beside the program itself, roughly; low: autocast to 16 bits. Students: weights,
+    gradients and AdamW's two means. One of them at a time: what a layer keeps for the backward pass, about
+    12 C + 6 n_inner numbers a token. The loss: a few times CHUNK x V, and the gradient of the head.
+    """
+    n, width = config.batch_size * config.block_size, 2 if low else 4
+    students = len(config.alpha) * 16 * count_parameters(shape)
+    layers = n * shape.n_layer * (12 * shape.n_embd + 6 * shape.n_inner) * width
+    loss = 4 * shape.vocab_size * (3 * min(CHUNK, n) + shape.n_embd)
+    if not teacher_shape:
+        return students + layers + loss
+    logits = 4 * n * shape.vocab_size if shape.vocab_size <= SHARED else 0
+    return students + layers + loss + 4 * count_parameters(teacher_shape) + logits
+
+
+def disk_needed(config, shape):
+    """Bytes that a run's checkpoints, its state and the state's next version take."""
+    return len(config.alpha) * count_parameters(shape) * 4 * (1 + len(config.checkpoints) + 2 * 3)
+
+
+def free_memory(device):
+    """Bytes of memory that are free on a device; infinity where the system doesn't tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = math.inf
+    try:                                                     # Linux; a container may have less than the machine
+        with open("/proc/meminfo") as f:
+            free = next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
+            return min(free, int(most.read()) - int(used.read()))
+    except (OSError, ValueError, StopIteration):
+        return free
+
+
+def free_disk(folder):
+    """Bytes that are free where a folder is, or will be."""
+    folder = os.path.abspath(folder)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    return shutil.disk_usage(folder).free
+
+
+def check_room(memory, disk, device, folder):
+    """Raises ConfigError if there are fewer bytes of memory or disk than these."""
+    for what, need, free, advice in (
+            ("memory", memory, free_memory(device), "fewer alphas or --jobs, a smaller --batch_size or --size"),
+            ("disk", disk, free_disk(folder), f"make room in {folder}, or choose another --out")):
+        if need > free:
+            raise ConfigError(f"this needs about {need / 2**30:.2f} GiB of {what}, and {free / 2**30:.2f} are free: "
+                              f"{advice}")
 
 
 def train(config, on_tokens=None):
@@ -349,28 +447,26 @@ def train(config, on_tokens=None):
 
     # a finished run is not repeated, an unfinished one goes on, and another's files are not overwritten
     identity = {"recipe": recipe(config), "corpus": meta["fingerprint"], "taught_by": fingerprint(teacher)}
-    there = [path for path in {os.path.join(config.out, "ckpt.pt"), *(k["path"] for k in kept)} if os.path.exists(path)]
-    for path in there:
-        about = load_checkpoint(path)[1]
-        if {k: about.get(k) for k in identity} != identity:
-            raise ConfigError(f"{path} comes from a run with other settings: choose another --out")
-    if all(k["path"] in there for k in kept):
-        return kept
     state_path, log_path = os.path.join(config.out, "state.pt"), os.path.join(config.out, "log.jsonl")
-    state = unfinished(config, state_path, identity, device)
-    students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
-    first_step, log_lines = 0, []
-    if state:
-        first_step = state["step"]
-        for student, saved in zip(students, state["students"]):
-            student.load_state(saved)
-        if os.path.exists(log_path):
-            with open(log_path) as f:
-                log_lines = [line for line in f if line.endswith("}\n") and json.loads(line)["step"] < first_step]
+    if finished(config, kept, identity) and not os.path.exists(state_path):
+        return kept
+    unfinished(config, state_path, identity, device)
+    low, taught_by = dtype != torch.float32, teacher and teacher.config
+    check_room(memory_needed(config, shape, taught_by, low), disk_needed(config, shape), device, config.out)
     for k in kept:
         os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
-    log = open(log_path, "w")
-    log.writelines(log_lines)
+    claim = lock(config.out)                                  # ours until this function returns
+    if finished(config, kept, identity):                      # another process was faster, or was killed at its end
+        if os.path.exists(state_path):
+            os.remove(state_path)
+        return kept
+    state = unfinished(config, state_path, identity, device)
+    students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
+    first_step = state["step"] if state else 0
+    for student, saved in zip(students, state["students"] if state else ()):
+        student.load_state(saved)
+    write(config.out, "log.jsonl", "".join(read_log(log_path, first_step)).encode())
+    log = open(log_path, "a")
 
     fn, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
     for student in students:
@@ -405,6 +501,10 @@ def train(config, on_tokens=None):
                 student.clip_and_step(lr)
 
             done = step + 1
+            saving = bool(stopped_by) or time.time() - saved_at > config.save_every
+            if done in marks or saving or step % config.log_every == 0:
+                for student in students:                      # before anything of it is written
+                    student.check(config, step, steps)
             if done in marks:
                 for student in students:
                     path = checkpoint_path(config, student.alpha, marks[done])
@@ -415,15 +515,17 @@ def train(config, on_tokens=None):
                 now, ce = time.time(), [round(s.ce.item(), 5) for s in students]
                 line = {"step": step, "tokens": done * at_step, "lr": lr, "alpha": config.alpha, "ce": ce,
                         "kl": [round(s.kl.item(), 5) for s in students], "seconds": round(now - logged_at, 3)}
+                if dtype == torch.float16:
+                    line["skipped"] = [s.skipped.item() for s in students]
                 print(json.dumps(line), file=log, flush=True)
                 logged_at = now
                 bar.set_postfix_str(f"loss {ce[-1]:.3f}", refresh=False)
             (on_tokens or bar.update)(at_step)
-            if stopped_by or time.time() - saved_at > config.save_every:
+            if saving and done < steps:
                 states = [student.state() for student in students]
                 write_atomically(state_path, {**identity, "step": done, "students": states})
                 saved_at = time.time()
-            if stopped_by:
+            if saving and stopped_by:
                 if not on_tokens:
                     print(f"\nstopped at {done * at_step:,} of {config.tokens:,} tokens; the state is saved, "
                           "and the same command goes on from here", file=sys.stderr)

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import END_OF_TEXT, DataError, Parser, load_meta, load_tokenizer, load_tokens, run, write
+from data import END_OF_TEXT, DataError, Parser, load_meta, load_tokenizer, load_tokens, read_lines, run, write
 from model import CheckpointError, load_checkpoint
 
 
@@ -72,7 +72,7 @@ def calibration_error(right, confidence, bins=15):
     """Expected calibration error of top-1 predictions: mean |accuracy - confidence| over equal-width bins of
     confidence, weighted by their size (Guo et al., arXiv 1706.04599). 0 is perfect."""
     right, confidence = right.flatten().double(), confidence.flatten().double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
+    index = (confidence * bins).long().clamp(0, bins - 1)
     gap = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, right - confidence)
     return gap.abs().sum().item() / len(right)
 
@@ -237,16 +237,19 @@ def load_tasks(data_dir):
 
 
 def read_items(path):
-    """Items from a file of JSON lines. Raises DataError."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            items = [json.loads(line) for line in f if line.strip()]
-        for item in items:
-            assert isinstance(item["context"], str) and all(isinstance(c, str) and c for c in item["choices"])
-            assert item["choices"] and item["label"] in range(len(item["choices"]))
-        assert items
-    except (ValueError, KeyError, TypeError, AssertionError):
-        raise DataError(f"{path} holds no task items: JSON lines with context, choices and label") from None
+    """Items from a file of JSON lines. Raises OSError or DataError."""
+    items = read_lines(path)
+    for number, item in enumerate(items, 1):
+        try:
+            texts = [item["context"], *item["choices"]]
+            if not all(isinstance(text, str) for text in texts):
+                raise ValueError
+            if not (all(item["choices"]) and type(item["label"]) is int and 0 <= item["label"] < len(texts) - 1):
+                raise ValueError
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: item {number} is none with context, choices and label") from None
+    if not items:
+        raise DataError(f"{path} holds no task items: JSON lines with context, choices and label")
     return items
 
 
@@ -387,7 +390,7 @@ def describe(path, data_dir, windows, items, device):
         if kind == "task":
             found["tasks"][name[5:]] = {**half, "accuracy": x}
         elif kind != "ece":
-            found["sets"][name] = {**half, "loss": x, "perplexity": math.exp(x),
+            found["sets"][name] = {**half, "loss": x, "perplexity": math.exp(min(x, 700)),
                                    "bits_per_byte": x / math.log(2) / sizes[name],
                                    "calibration_error": metrics[f"ece/{name}"]["report"]}
     pairs = half_items(load_tasks(data_dir).get("minimal_pair", []), items)["report"]

@@ -11,8 +11,12 @@ and student are the same class in two sizes.
 Reads and writes nothing but the checkpoints it is asked for. Sources: RMSNorm arXiv 1910.07467, RoPE
 2104.09864, SwiGLU 2002.05202, grouped-query attention 2305.13245, Llama 3 2407.21783.
 """
+import hashlib
 import math
 import os
+import pickletools
+import re
+import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, cut short, or not one of ours."""
+    """A checkpoint that is missing, damaged, or not one of ours."""
 
 
 @dataclass
@@ -39,8 +43,10 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise ValueError(f"{name} must be from 1 to 2^31, not {getattr(self, name)}")
+        if not (0 < self.rope_theta < math.inf and 0 < self.ffn_ratio < math.inf):
+            raise ValueError("rope_theta and ffn_ratio must be above 0")
         if self.n_embd % self.n_head or self.n_embd // self.n_head % 2:
             raise ValueError(f"n_head = {self.n_head} must divide n_embd = {self.n_embd} into even widths")
         if self.n_head % self.n_kv_head:
@@ -209,21 +215,49 @@ def flops_per_token(config, backward=False):
     return 3 * forward if backward else forward
 
 
+# ------------------------------------------------------------------------------
+# checkpoints: what torch.save writes, sealed with its own sha256
+
+PLAIN = {"torch._utils _rebuild_tensor_v2", "collections OrderedDict"}     # all that a checkpoint may call
+EXTRA = {"tokenizer": str, "size": str, "tokens": int, "seed": int, "alpha": (float, int), "teacher": str,
+         "corpus": str, "taught_by": str, "recipe": dict}                  # what distill.py adds to a model
+LONGEST = 2**17                      # context of a model that is loaded: its rotary table is not in the file
+
+
 def save_checkpoint(path, model, **extra):
     """Write model and extra (plain numbers, strings, lists, dicts, tensors) to path: all of it or nothing."""
     write_atomically(path, {"format": "nanodistill", "config": asdict(model.config),
                             "model": model.state_dict(), **extra})
 
 
+def sha256_of(f, n):
+    """sha256 of the first n bytes of an open file, as 64 hex digits in bytes."""
+    digest = hashlib.sha256()
+    f.seek(0)
+    while n > 0:
+        part = f.read(min(n, 2**20))
+        digest.update(part)
+        n -= len(part) or n
+    return digest.hexdigest().encode()
+
+
 def write_atomically(path, obj):
-    """torch.save, flush, rename: a kill at any moment leaves the old file or the new. Raises OSError."""
+    """
+    torch.save, seal, flush, rename: a kill at any moment leaves the old file or the new. The file is a zip,
+    whose last two bytes say that no comment follows; the seal, a sha256 of all before these, becomes the
+    comment, so torch.load reads the file as ever. Raises OSError.
+    """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as f:
+        with open(temporary, "w+b") as f:
             try:
                 torch.save(obj, f)
             except RuntimeError as e:                       # torch's own word for a full disk
                 raise OSError(f"cannot write {path}: {e}") from None
+            n = f.seek(0, os.SEEK_END) - 2
+            seal = sha256_of(f, n)
+            f.seek(n)
+            f.write(len(seal).to_bytes(2, "little") + seal)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -232,16 +266,47 @@ def write_atomically(path, obj):
             os.remove(temporary)
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (model in eval mode, the extra values saved with it). Raises CheckpointError."""
+def read_sealed(path, device="cpu"):
+    """
+    What write_atomically wrote. Raises CheckpointError if a byte has changed since, and also for a file that
+    somebody sealed with ill intent: nothing is called but what rebuilds tensors, and nothing unpacks to more
+    than the file holds.
+    """
     if not os.path.isfile(path):
         raise CheckpointError(f"no checkpoint at {path}: train one with distill.py, or give its .pt file")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
-        assert saved.pop("format") == "nanodistill"
-        model = GPT(GPTConfig(**saved.pop("config"))).to(device)
-        model.load_state_dict(saved.pop("model"))
-    except Exception:                                       # torch.load raises many kinds, of one meaning
+        with open(path, "rb") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(size - 66)
+            if f.read() != b"\x40\0" + sha256_of(f, size - 66):
+                raise ValueError
+            with zipfile.ZipFile(f) as z:
+                entries = z.infolist()
+                pickle = next(z.read(e) for e in entries if e.filename.endswith("/data.pkl"))
+            called = {arg for op, arg, _ in pickletools.genops(pickle) if op.name in ("GLOBAL", "STACK_GLOBAL")}
+            called = {name for name in called if not re.fullmatch(r"torch \w+Storage", str(name))}
+            if (called - PLAIN or sum(e.file_size for e in entries) > size
+                    or any(e.compress_type != zipfile.ZIP_STORED for e in entries)):
+                raise ValueError
+            f.seek(0)
+            return torch.load(f, map_location=device, weights_only=True)
+    except Exception:                                       # these raise many kinds, of one meaning
+        raise CheckpointError(f"{path} is damaged, or no file of distill.py") from None
+
+
+def load_checkpoint(path, device="cpu"):
+    """-> (model in eval mode, the extra values saved with it). Raises CheckpointError."""
+    saved = read_sealed(path, device)
+    try:
+        config, weights = GPTConfig(**saved.pop("config")), saved.pop("model")
+        if (saved.pop("format") != "nanodistill" or config.block_size > LONGEST
+                or 2 * count_parameters(config) > os.path.getsize(path)
+                or not all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
+                or not all(isinstance(saved[name], kind) for name, kind in EXTRA.items() if name in saved)):
+            raise ValueError
+        model = GPT(config).to(device)
+        model.load_state_dict(weights)
+    except Exception:
         raise CheckpointError(f"{path} is damaged, or no checkpoint of distill.py") from None
     return model.eval(), saved
 

@@ -21,6 +21,7 @@ import platform
 import queue
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,9 +30,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm import tqdm
 
-from data import DataError, Parser, load_meta, load_tokens, prepare, run, write
-from distill import (Config, ConfigError, checkpoint_path, distill_loss, pick_device, several, short, switch,
-                     train)
+from data import DataError, Parser, load_meta, load_tokens, lock, prepare, read_lines, run, write
+from distill import (Config, ConfigError, check_room, checkpoint_path, disk_needed, distill_loss, memory_needed,
+                     pick_device, several, short, switch, train)
 from eval import evaluate, evaluation_sets, read_windows, token_gains
 from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
 
@@ -144,17 +145,32 @@ def cost_of(task, scale):
     return flops * task.budgets[-1]
 
 
+PROGRAM = 2**29                      # bytes of memory of a process that has loaded torch and done nothing yet
+
+
+def room_of(tasks, scale, jobs, low):
+    """Bytes of memory of the `jobs` largest tasks at a time, and of disk for all; low: autocast to 16 bits."""
+    memory, disk = [], 0
+    for task in tasks:
+        config, shape = config_of(task, scale, "", ""), shape_of(task.size, scale)
+        taught_by = shape_of(task.teacher[0], scale) if task.teacher else None
+        memory.append(PROGRAM + memory_needed(config, shape, taught_by, low))
+        disk += disk_needed(config, shape)
+    return sum(sorted(memory)[-jobs:]), disk
+
+
 def start_worker(threads, counter, parent):
     """Set a worker process up: its threads, and where it reports the tokens it has trained on."""
     global report_flops
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches all processes; train() catches it
     torch.set_num_threads(threads)
+    report_flops = counter.put
 
-    def report_flops(flops):
-        if os.getppid() != parent:
-            print("the sweep that this worker belongs to is gone", file=sys.stderr)
-            os._exit(1)
-        counter.put(flops)
+    def follow():                                            # a sweep that was killed takes its workers with it
+        while os.getppid() == parent:
+            time.sleep(0.2)
+        os._exit(1)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def run_task(task, scale, config, corpus):
@@ -169,14 +185,15 @@ def run_task(task, scale, config, corpus):
 
 def read_rows(path):
     """The lines of results.jsonl, none if there is no such file. Raises DataError."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as f:
+    rows = read_lines(path) if os.path.exists(path) else []
+    for number, row in enumerate(rows, 1):
         try:
-            rows = [json.loads(line) for line in f]
-            [row["metrics"]["in_domain"]["report"] for row in rows]
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path} holds a line that is no result: mend or delete it") from None
+            values = [half[part] for half in row["metrics"].values() for part in ("select", "report")]
+            if not all(type(v) in (int, float) and abs(v) < math.inf for v in (*values, row["seconds"])):
+                raise ValueError
+            row["metrics"]["in_domain"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}: result {number} is none: mend or delete that line") from None
     return rows
 
 
@@ -203,10 +220,16 @@ def sweep(scale, data, out, jobs, how):
         known |= {key(row): row for row in new if key(row) not in known}
         write(out, "results.jsonl", "".join(json.dumps(row) + "\n" for row in known.values()).encode())
     if todo:
+        device, dtype = pick_device(configs[todo[0]])
+        memory, disk = room_of(todo, scale, jobs, dtype != torch.float32)
+        check_room(memory, disk, device, out)
         print(f"{len(todo)} tasks, {jobs} at a time; stop it when you like, the same command goes on")
         run_tasks(todo, scale, configs, corpus, jobs, save)
     wanted = {key(row) for task in rows for row in rows[task]}
-    return [row for row in read_rows(results) if key(row) in wanted]
+    found = [row for row in read_rows(results) if key(row) in wanted]
+    if len({tuple(sorted(row["metrics"])) for row in found}) > 1:
+        raise DataError(f"{results} mixes evaluations on different sets: move it away, or choose another --out")
+    return found
 
 
 def run_tasks(todo, scale, configs, corpus, jobs, save):
@@ -273,9 +296,11 @@ def dry_run(scale_name, scale, jobs):
         alphas, seconds = ", ".join(f"{a:g}" for a in task.alphas), cost_of(task, scale) / speed[task.size]
         shown = f"{seconds:8.0f} s" if here else f"{seconds / 3600:8,.1f} h"
         print(f"{str(task):50} {alphas:>26} {cost_of(task, scale):10.2e} {shown}")
+    memory, disk = (size / 2**30 for size in room_of(tasks, scale, jobs, not here))
+    print(f"\nmemory about {memory:,.1f} GiB with {jobs} jobs; disk at most {disk:,.1f} GiB (estimated)")
     flops = sum(cost_of(t, scale) for t in tasks)
     seconds = sum(cost_of(t, scale) / speed[t.size] for t in tasks)
-    print(f"\n{scale_name}: {flops:.2e} FLOPs, " + (
+    print(f"{scale_name}: {flops:.2e} FLOPs, " + (
         f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, by uncompiled steps timed "
         "just now\n(preparing, compiling and evaluating come on top)" if here else
         f"{seconds / 3600:,.0f} GPU-hours on an H100 at 40 % of 989 TFLOP/s (computed)"))
@@ -673,7 +698,9 @@ def main():
     if not any(set_name.startswith("ood_") for set_name in meta["sets"]):
         raise DataError(f"{data} has no out-of-distribution set, which the findings need: data.py --ood NAME=FILE")
     scale = replace(scale, vocab_size=meta["vocab_size"])
+    read_rows(os.path.join(out, "results.jsonl"))
     os.makedirs(out, exist_ok=True)
+    claim = lock(out, wait=0)                                # one sweep at a time in a folder
     how = {"device": args.device, "compile": args.scale != "smoke" if args.compile is None else args.compile}
     rows = sweep(scale, data, out, jobs, how)
 

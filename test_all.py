@@ -5,10 +5,15 @@ Where somebody else has written the same thing, that is what we compare with: to
 tiktoken's educational byte-pair encoder, transformers' Llama. Otherwise a plain version stands here, or a property.
 """
 import ast
+import contextlib
 import dataclasses
+import functools
+import hashlib
 import importlib.util
+import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +22,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zipfile
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -59,6 +65,11 @@ def poem(verses, seed=0):
 def config(corpus, out, **more):
     small = dict(size="xs", tokens=8192, batch_size=4, block_size=32, compile=False, log_every=4)
     return distill.Config(data=corpus, out=str(out), **{**small, **more})
+
+
+def write_meta(folder, meta):
+    """meta.json with a checksum that is right, whatever it says."""
+    Path(folder, "meta.json").write_text(json.dumps({**meta, "checksum": data.checksum(meta)}))
 
 
 def run_script(main, argv, monkeypatch, capsys, *errors):
@@ -301,8 +312,9 @@ def test_batches_are_a_function_of_seed_and_step(corpus):
 def test_big_vocabularies_are_uint32(tmp_path):
     ids = np.array([0, 65535, 65536, 128_000, 7, 8], dtype=np.uint32)
     (tmp_path / "train.bin").write_bytes(ids.tobytes())
-    meta = {"fingerprint": "f", "tokenizer": "t", "vocab_size": 128_256, "dtype": "uint32", "sets": {"train": {"tokens": 6}}}
-    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    one = {"documents": 1, "tokens": 6, "bytes": 24, "bytes_per_token": 4.0, "sha256": data.sha(ids.tobytes(), 64)}
+    write_meta(tmp_path, {"corpus": "x", "source": "s", "fingerprint": "f", "tokenizer": "t", "vocab_size": 128_256,
+                          "asked_vocab_size": 128_256, "dtype": "uint32", "sets": {"train": one, "val": one}})
     assert data.Batches(str(tmp_path / "train.bin"), 1, 5, 0)[0][1].tolist() == [[65535, 65536, 128_000, 7, 8]]
 
 
@@ -868,12 +880,24 @@ def test_smoke_sweep_killed_and_started_again_equals_one_never_stopped(corpus, t
     if importlib.util.find_spec("matplotlib"):
         assert made >= {"findings_s.png", "findings_s.svg", "findings_xs.png"}
 
-    process = subprocess.Popen([*command, "--out", tmp_path / "parts"], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while process.poll() is None and not (tmp_path / "parts" / "results.jsonl").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)                        # to the main process alone, as a job scheduler would
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    def started_and_stopped(by):
+        """Start it, and when it has one more result send the main process alone a signal, as a job scheduler would."""
+        path, size = tmp_path / "parts" / "results.jsonl", 0
+        before = os.path.getsize(path) if path.exists() else 0
+        process = subprocess.Popen([*command, "--out", path.parent], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while process.poll() is None and size <= before:
+            time.sleep(0.05)
+            size = os.path.getsize(path) if path.exists() else 0
+        process.send_signal(by)
+        process.communicate(timeout=60)
+        return process.returncode
+
+    assert started_and_stopped(signal.SIGKILL) == -signal.SIGKILL              # its workers end by themselves
+    assert started_and_stopped(signal.SIGINT) == 130
+    claim = data.lock(tmp_path / "parts")
+    second = subprocess.run([*command, "--out", tmp_path / "parts"], cwd=HERE, capture_output=True, text=True)
+    assert second.returncode == 2 and "another process is at work" in second.stderr
+    claim.close()
     half = results(tmp_path / "parts")
     assert 0 < len(half) < len(rows)
     again = subprocess.run([*command, "--out", tmp_path / "parts"], cwd=HERE, capture_output=True, text=True)
@@ -893,6 +917,345 @@ def test_dry_run_prints_every_run_and_does_nothing(scale, tmp_path, monkeypatch,
     assert sum(line.startswith(("teacher", "student")) for line in out.splitlines()) == len(sweep.plan(sweep.SCALES[scale]))
     assert ("GPU-hours on an H100" in out) == (scale in ("paper", "gpu"))
     torch.set_num_threads(2)
+
+
+# ------------------------------------------------------------------------------
+# nothing lost: runs that die, numbers that go wrong
+
+def victim(config, file_size=None):
+    """A run in a process of its own; with file_size no file can grow larger, as on a full disk."""
+    if file_size:
+        import resource
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    data.run(lambda: distill.train(config), distill.ConfigError, model.CheckpointError)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Where processes come from that have imported everything and run nothing."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_all"])
+    context.Process(target=int).start()
+    del os.environ["OMP_NUM_THREADS"]
+    return context
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_never_stopped(corpus, tmp_path, processes):
+    teacher = distill.train(config(corpus, tmp_path / "teacher", seed=9, tokens=2048))[0]["path"]
+    def run(name):
+        return config(corpus, tmp_path / name, teacher=teacher, alpha=(0.25, 1.0), tokens=16384, save_every=0.0, checkpoints=(4096, 8192))
+    whole = processes.Process(target=victim, args=(run("whole"),))
+    whole.start(), whole.join(60)
+    draw, codes, state = random.Random(0), Counter(), tmp_path / "parts" / "state.pt"
+    while not codes[0]:
+        how = draw.choice([signal.SIGKILL] * 4 + [signal.SIGTERM, signal.SIGINT, "full disk"])
+        process = processes.Process(target=victim, args=(run("parts"), draw.randrange(10**4, 10**6) if how == "full disk" else None))
+        process.start()
+        seen, saves = set(), draw.randrange(8)                # killed a moment after it has saved so many states
+        while process.is_alive() and len(seen) <= saves:
+            with contextlib.suppress(FileNotFoundError):
+                seen.add(os.stat(state).st_mtime_ns)
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.02))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL if how == "full disk" else how)
+        process.join(60)
+        codes[process.exitcode] += 1
+        assert sum(codes.values()) < 200
+    print(codes)
+    assert sum(codes.values()) > 20 and codes[-signal.SIGKILL] > 5 and set(codes) <= {0, 2, 130, 143, -9, -2, -15}
+    for path in sorted((tmp_path / "whole").rglob("*.pt")):
+        a, b = (model.load_checkpoint(str(p)) for p in (path, tmp_path / "parts" / path.relative_to(tmp_path / "whole")))
+        assert same(a[0].state_dict(), b[0].state_dict()) and a[1] == b[1]
+    files = {p.relative_to(tmp_path / "parts") for p in (tmp_path / "parts").rglob("*") if p.is_file()}
+    assert files == {p.relative_to(tmp_path / "whole") for p in (tmp_path / "whole").rglob("*") if p.is_file()} and len(files) == 8
+    logs = [[{**json.loads(line), "seconds": 0} for line in open(tmp_path / run / "log.jsonl")] for run in ("whole", "parts")]
+    assert logs[0] == logs[1]
+
+
+def test_two_runs_in_one_folder(corpus, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    claim = data.lock(tmp_path / "run")
+    monkeypatch.setattr(distill, "lock", lambda folder: data.lock(folder, wait=0.3))
+    with pytest.raises(data.DataError, match="another process is at work"):
+        distill.train(config(corpus, tmp_path / "run"))
+    assert [p.name for p in (tmp_path / "run").iterdir()] == [".lock"]
+    claim.close()
+    assert distill.train(config(corpus, tmp_path / "run"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_leaves_the_last_good_state(corpus, tmp_path, monkeypatch):
+    settings = dict(checkpoints=(2048,), save_every=0.0, log_every=10)
+    whole, plain, calls = distill.train(config(corpus, tmp_path / "whole", **settings)), distill.distill_loss, []
+    def breaks(*args, **more):
+        calls.append(1)
+        loss, ce, kl = plain(*args, **more)
+        return (loss * math.nan, ce, kl) if len(calls) == 21 else (loss, ce, kl)
+    monkeypatch.setattr(distill, "distill_loss", breaks)
+    for bad_settings, step in ((settings, 20), ({**settings, "save_every": 999}, 20)):
+        calls.clear()
+        out = tmp_path / f"run{bad_settings['save_every']}"
+        with pytest.raises(distill.ConfigError, match=rf"since step {step} \(batch {step} of seed 1, learning rate 0.00\d+\)"):
+            distill.train(config(corpus, out, **bad_settings))
+        assert (out / "ckpt_2K.pt").exists() and not (out / "ckpt.pt").exists()
+    monkeypatch.setattr(distill, "distill_loss", plain)
+    again = distill.train(config(corpus, tmp_path / "run0.0", **settings))
+    assert [same(weights(a["path"]), weights(b["path"])) for a, b in zip(again, whole)] == [True, True]
+    with pytest.raises(distill.ConfigError, match="not finite since step"):
+        distill.train(config(corpus, tmp_path / "wild", lr=1e18, warmup=0.0, log_every=1))
+
+
+def test_float16_overflow_is_skipped_counted_and_limited(corpus, tmp_path, monkeypatch):
+    plain, calls = distill.distill_loss, []
+    def overflows(*args, often, **more):
+        calls.append(1)
+        loss, ce, kl = plain(*args, **more)
+        return (loss * math.inf, ce, kl) if often(len(calls)) else (loss, ce, kl)
+    monkeypatch.setattr(distill, "distill_loss", functools.partial(overflows, often=lambda n: n in (11, 12, 40)))
+    path = distill.train(config(corpus, tmp_path / "some", dtype="float16", tokens=16384))[0]["path"]
+    assert all(v.isfinite().all() for v in weights(path).values())
+    skipped = json.loads((tmp_path / "some" / "log.jsonl").read_text().splitlines()[-1])["skipped"]
+    assert 3 <= skipped[0] < 20                               # the scale itself starts too high by design
+    calls.clear()
+    monkeypatch.setattr(distill, "distill_loss", functools.partial(overflows, often=lambda n: n > 30))
+    with pytest.raises(distill.ConfigError, match="since step 30"):
+        distill.train(config(corpus, tmp_path / "all", dtype="float16", tokens=32768))
+    assert 130 <= len(calls) <= 134                           # found out at the next line of the log
+
+
+def test_room_is_asked_for_before_anything_is_written(corpus, tmp_path, monkeypatch, capsys):
+    need = distill.memory_needed(config(corpus, "x"), model.GPTConfig(300, 32, **model.SIZES["xs"]), None)
+    assert 16 * 24_000 < need < 10**7
+    for name in ("free_memory", "free_disk"):
+        monkeypatch.setattr(distill, name, lambda _: 10**5)
+        with pytest.raises(distill.ConfigError, match=rf"GiB of {name[5:]}, and 0.00 are free"):
+            distill.train(config(corpus, tmp_path / "run"))
+        code, out, err = run_script(sweep.main, ["--scale", "smoke", "--data", corpus, "--out", tmp_path / "sweep"], monkeypatch,
+                                    capsys, distill.ConfigError)
+        assert code == 2 and len(err) == 1 and name[5:] in err[0]
+        monkeypatch.undo()
+    assert {p.name for p in tmp_path.rglob("*")} <= {"sweep", ".lock"}
+    assert 0 < distill.free_memory(torch.device("cpu")) and 0 < distill.free_disk(tmp_path / "not" / "there")
+
+
+# ------------------------------------------------------------------------------
+# nothing let in: files that are damaged, or made by somebody with ill intent
+
+def mutate(data, draw):
+    """A copy of some bytes, changed at random."""
+    data = bytearray(data)
+    for _ in range(draw.choice([1, 1, 1, 2, 5])):
+        i = draw.randrange(len(data) or 1)
+        j = min(len(data), i + draw.choice([1, 2, 8, 100, 10**4]))
+        way = draw.randrange(8)
+        if way == 0 and data:
+            data[i] ^= 1 << draw.randrange(8)
+        elif way == 1:
+            del data[i:]
+        elif way == 2:
+            del data[i:j]
+        elif way == 3:
+            data[i:i] = data[i:j]
+        elif way == 4:
+            data[i:j] = bytes(j - i)
+        elif way == 5:
+            data[i:j] = draw.randbytes(draw.choice([1, 2, j - i]))
+        elif way == 6:
+            data[i:i] = draw.choice([b"[" * 10**5, b"9" * 400, b"-1", b"null", b"{}", b"1e999", b"NaN", b'"', b"\n", b"\xff", b"\\u0000"])
+        elif way == 7 and (numbers := list(regex.finditer(rb"\d+", bytes(data[:10**5])))):
+            m = draw.choice(numbers)
+            data[m.start():m.end()] = draw.choice([b"0", b"1", b"2", b"-3", b"1.5", b"65537", b"99999999999999", b"true", b'"x"', b"[]"])
+    return bytes(data)
+
+
+def seal(payload):
+    """Bytes of a checkpoint with a seal that is right, whatever they hold."""
+    return payload + b"\x40\0" + hashlib.sha256(payload).hexdigest().encode()
+
+
+def fuzz(corpus, folder, rounds, seed, report):
+    """
+    Mutate each kind of file `rounds` times and read it. What is refused is refused with our own errors; what
+    loads is what was written, except where the mutant was given a right checksum: then it need only load.
+    -> through the queue: {kind: (loaded, slowest seconds)}, bytes of memory that this took.
+    """
+    import resource
+    draw, errors = random.Random(seed), (data.DataError, model.CheckpointError, distill.ConfigError)
+    folder, found = Path(folder), {}
+    whole = folder / "whole"
+    shutil.copytree(corpus, whole)
+    runs = config(corpus, folder / "run", tokens=4096, save_every=0.0)
+    path = distill.train(runs)[0]["path"]
+    good = model.load_checkpoint(path)
+    identity = {k: good[1][k] for k in ("recipe", "corpus", "taught_by")}
+    model.write_atomically(str(folder / "state.pt"), {**identity, "step": 3, "students": []})
+    row = {"kind": "student", "teacher": None, "metrics": {n: {"select": 1.5, "report": 2.5} for n in ("in_domain", "ood/a", "task/b")}, "seconds": 1.5}
+    (folder / "results.jsonl").write_text("".join(json.dumps({**row, "seed": n}) + "\n" for n in range(5)))
+    (folder / "items.jsonl").write_text("".join(json.dumps({"context": "a", "choices": [" b", " c"], "label": n}) + "\n" for n in (0, 1, 1)))
+    meta = json.loads((whole / "meta.json").read_text())
+
+    def checkpoint(path):
+        m, extra = model.load_checkpoint(path)
+        m(torch.zeros(1, min(8, m.config.block_size), dtype=torch.long))
+        return same(m.state_dict(), good[0].state_dict()) and extra == good[1]
+
+    def everything(path):
+        """Use a corpus folder as the scripts do."""
+        folder = os.path.dirname(path)
+        for x in evaluation.evaluation_sets(folder).values():
+            evaluation.read_windows(x, 32, 2)
+        data.Batches(os.path.join(folder, "train.bin"), 2, 32, 0)[0]
+        text = data.load_tokenizer(folder).decode(data.load_tokens(os.path.join(folder, "val.bin"))[:100].tolist())
+        return isinstance(text, str) and data.load_meta(folder) == {**meta, "checksum": data.load_meta(folder)["checksum"]}
+
+    def results(path):
+        return all(sweep.level(r, where) is None or sweep.level(r, where) <= math.inf for r in sweep.read_rows(path) for where in ("in", "out", "tasks"))
+
+    kinds = {"checkpoint": (path, checkpoint, None), "checkpoint sealed": (path, checkpoint, lambda b: seal(b[:-66])),
+             "state": (folder / "state.pt", lambda p: distill.unfinished(runs, p, identity, "cpu")["step"] == 3, None),
+             "bin": (whole / "val.bin", everything, None), "meta": (whole / "meta.json", everything, None),
+             "meta sealed": (whole / "meta.json", everything, "meta"), "tokenizer": (whole / "tokenizer.json", everything, None),
+             "tokenizer sealed": (whole / "tokenizer.json", everything, "tokenizer"),
+             "results": (folder / "results.jsonl", results, None),
+             "items": (folder / "items.jsonl", lambda p: all(i["choices"][i["label"]] for i in evaluation.read_items(p)), None),
+             "log": (folder / "run" / "log.jsonl", lambda p: all(json.loads(line)["step"] < 9 for line in distill.read_log(p, 9)), None)}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for kind, (source, read, sealing) in kinds.items():
+        original, loaded, slowest = Path(source).read_bytes(), 0, 0.0
+        target = whole / Path(source).name if Path(source).parent == whole else folder / f"mutant{Path(source).suffix}"
+        for _ in range(rounds):
+            mutant = mutate(original[:-66] if sealing and kind.startswith("checkpoint") else original, draw)
+            if kind == "checkpoint sealed":
+                mutant = seal(mutant)
+            elif sealing:                                     # a checksum of meta.json that fits
+                try:
+                    changed = json.loads(mutant)
+                    changed = {**changed, "checksum": data.checksum(changed)} if sealing == "meta" else changed
+                    told = meta if sealing == "meta" else {**meta, "tokenizer": data.sha(json.dumps(changed))}
+                    if sealing == "tokenizer":
+                        write_meta(whole, told)
+                    mutant = json.dumps(changed).encode()
+                except (ValueError, TypeError, AttributeError, RecursionError):
+                    pass
+            target.write_bytes(mutant)
+            start = time.monotonic()
+            try:
+                right = read(str(target))
+                loaded += 1
+                assert right or sealing, (kind, mutant[:2000])
+            except errors:
+                pass
+            slowest = max(slowest, time.monotonic() - start)
+        target.write_bytes(original)
+        (whole / "meta.json").write_text(json.dumps(meta))
+        found[kind] = (loaded, round(slowest, 3))
+    report.put((found, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)))
+
+
+ROUNDS = int(os.environ.get("FUZZ_ROUNDS", 2000))
+
+
+def test_files_that_are_damaged_or_hostile(corpus, tmp_path, processes):
+    report = processes.Queue()
+    process = processes.Process(target=fuzz, args=(corpus, str(tmp_path / "fuzz"), ROUNDS, 0, report))
+    (tmp_path / "fuzz").mkdir()
+    process.start()
+    process.join(200)
+    assert process.exitcode == 0
+    found, memory = report.get(timeout=5)
+    print(ROUNDS, found, f"{memory / 2**20:.0f} MiB")
+    assert all(slowest < 5 for _, slowest in found.values()) and memory < 150 * 2**20
+
+
+def test_checkpoints_made_with_ill_intent(tmp_path):
+    """What a seal that fits can't excuse: code, bombs, shapes that the file does not hold."""
+    m, path = tiny(), str(tmp_path / "x.pt")
+    model.save_checkpoint(path, m)
+    good = torch.load(path, weights_only=True)
+
+    class Calls:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "called"),)
+    huge = {**good["config"], "n_embd": 2**20, "n_head": 2**14, "n_kv_head": 2**14}
+    # one number standing for many
+    spread = {k: v.new_zeros(1).expand(v.shape) for k, v in good["model"].items()}
+    for bad in ({**good, "x": Calls()}, {**good, "x": bytearray(10)}, {**good, "config": huge},
+                {**good, "config": {**good["config"], "n_layer": 2**30}}, {**good, "config": {**good["config"], "block_size": 2**30}},
+                {**good, "model": {**good["model"], "norm.weight": torch.full((32,), math.nan)}}, {**good, "alpha": "x"},
+                {**good, "config": {**good["config"], "n_layer": 1e9}}, {**good, "model": []}, {**good, "model": spread}, [], None):
+        model.write_atomically(path, bad)
+        with pytest.raises(model.CheckpointError):
+            model.load_checkpoint(path)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as z:                # unpacks to a thousand times its size
+        z.writestr("x/data.pkl", bytes(10**8))
+    Path(path).write_bytes(seal(buffer.getvalue()[:-2]))
+    with pytest.raises(model.CheckpointError):
+        model.load_checkpoint(path)
+    assert not (tmp_path / "called").exists()
+
+
+# ------------------------------------------------------------------------------
+# every flag
+
+WRONG = ["", " ", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e400", "0.5", "9" * 30, "9" * 5000, "K", "nanM", "infB", "1e400K", "-3M", "²", "३",
+         ",", "1,,2", "1,1", "true", "True", "maybe", "\udcff", "x" * 5000, "../..", "/dev/null", "/proc/self/mem", ".", "é漢", "a=b", "=", "-", "--"]
+
+
+def command_lines(flags, draw):
+    """Random command lines: flags with good values, wrong ones, none, or that do not exist."""
+    argv = []
+    for flag in draw.sample(sorted(flags), min(len(flags), draw.choice([0, 1, 1, 2, 3, 5]))):
+        good = flags[flag]
+        value = draw.choice(good) if good and draw.random() < 0.6 else draw.choice(WRONG)
+        argv += draw.choice([[flag, value]] * 12 + [[f"{flag}={value}"]] * 2 + [[flag], [value], [flag[:-1], value]]) if good is not None else [flag]
+    return argv
+
+
+@pytest.mark.parametrize("script, rounds", [("distill", 1500), ("sweep", 1000), ("data", 500), ("eval", 400)])
+def test_random_command_lines_end_well(script, rounds, broken, tmp_path, monkeypatch, capsys):
+    teacher = distill.train(config(broken, tmp_path / "t", tokens=2048))[0]["path"]
+    Path("poem.txt").write_text(poem(60, seed=2))
+    Path("items.jsonl").write_text(json.dumps({"context": "a", "choices": [" b", " c"], "label": 0}))
+    folders = [broken, broken, broken, "empty", "cut", "bad_meta", "no_ood", "file", "absent"]
+    files = [teacher, teacher, teacher, "other.pt", "cut.pt", "text.pt", "absent.pt", "empty"]
+    outs = ["fresh", "fresh/deep", "file", "file/below", "bad_results", "t"]
+    numbers = ["1", "2", "8", "64", "0.5", "1K", "8K"]
+    if script == "distill":
+        flags = {f"--{f.name}": numbers for f in fields(distill.Config)} | {"--profile": None, "--help": None}
+        flags |= {"--data": folders, "--teacher": files, "--out": outs, "--size": ["xs", "s"], "--alpha": ["0.5", "0,1", "0.25,0.5"],
+                  "--device": ["cpu", "cuda", "cuda:7", "meta", "cpu:3", "mps"], "--dtype": ["float32", "float16", "int8"]}
+        main, kept, fixed = distill.main, {}, ["--data", broken, "--tokens", "8K", "--batch_size", "2", "--block_size", "32", "--compile", "false"]
+        monkeypatch.setattr(distill, "train", lambda c: (distill.set_up(c), distill.unfinished(c, c.out + "/state.pt", {}, "cpu"))[:0])
+        monkeypatch.setattr(distill, "profile", distill.set_up)
+    elif script == "sweep":
+        flags = {"--scale": [*sweep.SCALES], "--data": folders, "--out": outs, "--seeds": ["1", "1,2,3"], "--jobs": ["1", "2", "99"],
+                 "--device": ["cpu", "cuda", "meta"], "--compile": ["true", "false"], "--dry_run": None, "--help": None}
+        main, fixed = sweep.main, ["--scale", "smoke", "--data", broken]
+        def stop(*args):
+            raise data.DataError("would run")
+        monkeypatch.setattr(sweep, "sweep", stop)
+        monkeypatch.setattr(sweep, "dry_run", lambda name, scale, jobs: sweep.plan(scale))
+    elif script == "data":
+        flags = {"--corpus": ["python", "text"], "--vocab_size": ["257", "300"], "--out": outs, "--help": None,
+                 "--train": ["poem.txt", "latin.txt", "tiny.txt", "absent.txt", "empty"], "--ood": ["a=poem.txt", "b=tiny.txt", "c=", "../d=poem.txt"]}
+        main, fixed = data.main, []
+        monkeypatch.setattr(data, "python_corpus", lambda: ([(f"f{i}", poem(1, seed=i)) for i in range(60)], {"b": [("b", "text")]}))
+    else:
+        flags = {"--teacher": files, "--data": folders, "--windows": ["1", "3"], "--items": ["1", "5"], "--tasks": ["items.jsonl", "text.pt", "empty"],
+                 "--write_tasks": outs, "--device": ["cpu", "cuda"], "--json": None, "--help": None, teacher: None, "other.pt": None, "cut.pt": None}
+        main, fixed = evaluation.main, [teacher, "--data", broken, "--windows", "2"]
+    draw, codes = random.Random(script), Counter()
+    outside = {p for p in Path(broken).rglob("*")} | {p for p in tmp_path.parent.iterdir()}
+    for n in range(rounds):
+        argv = [*fixed, *command_lines(flags, draw)]
+        code, out, err = run_script(main, argv, monkeypatch, capsys, distill.ConfigError, model.CheckpointError)
+        codes[code] += 1
+        assert code in (0, 2) and (code == 0 or err[-1].startswith("error: ") and len(err) == 1), (argv, code, err)
+    print(script, codes)
+    assert codes[0] > rounds / 50 or script == "sweep"
+    assert outside == {p for p in Path(broken).rglob("*")} | {p for p in tmp_path.parent.iterdir()}
 
 
 # ------------------------------------------------------------------------------
@@ -917,7 +1280,7 @@ def broken(corpus, tmp_path, monkeypatch):
     good = tiny(vocab_size=300, block_size=32)
     no_ood = json.loads((copy("no_ood") / "meta.json").read_text())
     no_ood["sets"] = {k: v for k, v in no_ood["sets"].items() if not k.startswith("ood_")}
-    (tmp_path / "no_ood" / "meta.json").write_text(json.dumps(no_ood))
+    write_meta(tmp_path / "no_ood", no_ood)
     model.save_checkpoint("other.pt", good, tokenizer="0000")
     model.save_checkpoint("short.pt", good, tokenizer=data.load_meta(corpus)["tokenizer"])
     Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:500])
