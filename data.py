@@ -3,30 +3,39 @@ Text -> tokens on disk -> batches.
 
     python data.py --corpus python --vocab_size 512 --out data/python
     python data.py --corpus text --train mine/*.txt --ood news=news.txt --out data/mine
+    python data.py --corpus fineweb-edu --tokens 1B        # the paper's corpus: downloads 2 GB
 
 The `python` corpus downloads nothing: it is the Python that is already on the machine. In domain: the sources
 of the standard library and of torch. Out of distribution, for evaluation only: sympy, numpy and networkx
 (same language, other authors), the C++ headers that come with torch, and English prose (Python's language
-reference, package descriptions). The `text` corpus does the same for your own files.
+reference, package descriptions). The `text` corpus does the same for your own files. fineweb-edu, tinystories
+and shakespeare are downloaded and have GPT-2's vocabulary; their out-of-distribution sets are Wikipedia, a
+novel, news, and the standard library's code.
 
 Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16 or uint32, each document closed by
-<|endoftext|>), tokenizer.json, and meta.json, written last: a folder without it is unfinished and is made
-again. Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. Encoding is done by
+<|endoftext|>; fineweb-edu's training shards stay as they came), tokenizer.json, and meta.json, written last: a
+folder without it is unfinished and is made again. Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. Encoding is done by
 tiktoken.
 """
 import argparse
 import ast
 import base64
+import csv
 import functools
 import hashlib
 import heapq
+import http.client
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import sys
 import sysconfig
 import time
+import urllib.error
+import urllib.request
+import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -45,6 +54,8 @@ END_OF_TEXT = "<|endoftext|>"
 # words, numbers of up to 3 digits, punctuation, and white space; a leading space belongs to the word, as in
 # GPT-2
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_VOCABULARY = 50_304            # its 50,257 tokens, and as many more as make a multiple of 64
 VAL_PERCENT = 5                     # of the files, chosen by a hash of their name
 OOD_BYTES = 2_000_000               # of text an out-of-distribution set is cut to: far more than is evaluated
 BPE_BYTES = 4_000_000               # of training text the vocabulary is learned from
@@ -106,27 +117,148 @@ def python_corpus():
     return in_domain, ood
 
 
+def pieces(text):
+    """A long text as documents, cut at <|endoftext|> and at blank lines: (name, text), and can be split."""
+    for document in text.split(END_OF_TEXT):
+        piece = ""
+        for paragraph in document.split("\n\n"):
+            piece += paragraph + "\n\n"
+            if len(piece) >= 2000:
+                yield sha(piece), piece
+                piece = ""
+        if piece.strip():
+            yield sha(piece), piece
+
+
 def text_corpus(train, ood):
     """The same from a user's own files: train is a list of paths, ood {name: paths}. Raises DataError."""
-    def pieces(paths):
-        for path in paths:
-            try:
-                text = Path(path).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise DataError(f"{path} is not UTF-8 text") from None
-            except OSError as e:
-                raise DataError(f"cannot read {path}: {e.strerror}") from None
-            piece = ""                                       # cut at blank lines: a long file can be split
-            for paragraph in text.split("\n\n"):
-                piece += paragraph + "\n\n"
-                if len(piece) >= 2000:
-                    yield f"{sha(piece)}", piece
-                    piece = ""
-            if piece.strip():
-                yield f"{sha(piece)}", piece
+    def read(path):
+        try:
+            return Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise DataError(f"{path} is not UTF-8 text") from None
+        except OSError as e:
+            raise DataError(f"cannot read {path}: {e.strerror}") from None
     if not train:
         raise DataError("the text corpus needs --train FILES")
-    return list(pieces(train)), {name: list(pieces(paths)) for name, paths in ood.items()}
+    return ([piece for path in train for piece in pieces(read(path))],
+            {name: [piece for path in paths for piece in pieces(read(path))] for name, paths in ood.items()})
+
+
+# ------------------------------------------------------------------------------
+# downloads
+
+HUB = "https://huggingface.co/datasets"
+FINEWEB = HUB + "/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/edu_fineweb_{}_{:06d}.bin"
+TEXTS = {                           # name -> address, and the file inside where it is a zip
+    "tinystories": (f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", ""),
+    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", ""),
+    "wikipedia": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", "wiki.test.raw"),
+    "novel": ("https://www.gutenberg.org/cache/epub/2701/pg2701.txt", ""),
+    "news": ("https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/test.csv", ""),
+}
+DOWNLOADED = ("fineweb-edu", "tinystories", "shakespeare")
+SHARD = 100_000_000                 # tokens of a fineweb-edu shard
+HELD_OUT = 4_000_000                # tokens kept of its validation shard
+
+
+def download(url, path, tries=8, pause=1.0):
+    """
+    Fetch url to path, which comes into being whole, at the length the server tells, or not at all. Goes on
+    where a connection broke; after errors that pass (cut or silent connections, HTTP 429 and 5xx) tries again,
+    each time after twice the pause, in seconds. Raises DataError.
+    """
+    part = f"{path}.part"
+    for attempt in range(tries):
+        have = os.path.getsize(part) if os.path.exists(part) else 0
+        request = urllib.request.Request(url, headers={"User-Agent": "nanodistill", "Range": f"bytes={have}-"})
+        wait = min(60.0, pause * 2**attempt)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                have = have if reply.status == 206 else 0        # the server may start anew
+                total = have + int(reply.headers["Content-Length"] or 0)
+                with (open(part, "ab" if have else "wb") as f,
+                      tqdm(desc=os.path.basename(path), total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar):
+                    while chunk := reply.read(2**20):
+                        f.write(chunk)
+                        bar.update(len(chunk))
+                    if 0 < total != f.tell():
+                        raise ConnectionError(f"{f.tell():,} of {total:,} bytes came")
+            os.replace(part, path)
+            return
+        except urllib.error.HTTPError as e:
+            error = f"HTTP {e.code} {e.reason}"
+            if e.code == 416:                                # what is here is longer than what is there
+                os.remove(part)
+            elif e.code not in (408, 425, 429) and e.code < 500:
+                break
+            if (e.headers.get("Retry-After") or "").isdigit():
+                wait = min(600.0, max(wait, float(e.headers["Retry-After"])))
+        except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
+            error = str(getattr(e, "reason", e))
+        print(f"{url}: {error}; trying again in {wait:.0f} s" if attempt < tries - 1 else "", file=sys.stderr)
+        time.sleep(wait if attempt < tries - 1 else 0)
+    raise DataError(f"cannot download {url}: {error}. The same command goes on from what has come")
+
+
+def shard_tokens(path):
+    """The ids of a fineweb-edu shard as a memory map, its header and length checked. Raises DataError."""
+    size = os.path.getsize(path)
+    header = np.fromfile(path, "<i4", 256)
+    if size < 1024 or (header[0], header[1]) != (20240520, 1) or size != 1024 + 2 * int(header[2]) or header[2] < 1:
+        raise DataError(f"{path} is no shard of tokens, or cut short: delete it and start again")
+    return np.memmap(path, "<u2", "r", offset=1024)
+
+
+def fineweb_shards(out_dir, tokens):
+    """Download what is missing -> names of the training shards for so many tokens, and the held-out ids."""
+    names = [f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 1 + math.ceil(tokens / SHARD))]
+    for name in ["edu_fineweb_val_000000.bin", *names]:
+        _, _, kind, number = name.removesuffix(".bin").split("_")
+        if not os.path.exists(os.path.join(out_dir, name)):
+            download(FINEWEB.format(kind, int(number)), os.path.join(out_dir, name))
+        shard_tokens(os.path.join(out_dir, name))
+    return names, shard_tokens(os.path.join(out_dir, "edu_fineweb_val_000000.bin"))[:HELD_OUT]
+
+
+def fetched_text(name, folder, most=None):
+    """The text of one of TEXTS, at most so many bytes, downloaded to folder if it is not there. Raises DataError."""
+    url, member = TEXTS[name]
+    path = os.path.join(folder, f"{name}.{'zip' if member else 'txt'}")
+    if not os.path.exists(path):
+        download(url, path)
+    try:
+        if not member:
+            with open(path, "rb") as f:
+                found = f.read(most)
+        else:                                                # read, never unpacked: its names lead nowhere
+            with zipfile.ZipFile(path) as z, z.open(next(n for n in z.namelist() if n.endswith(member))) as f:
+                found = f.read(2 * OOD_BYTES)
+    except (zipfile.BadZipFile, StopIteration):
+        raise DataError(f"{path} is no zip that holds {member}: delete it and start again") from None
+    text = found.decode("utf-8", errors="replace")
+    if name == "news":                                       # class, title, text
+        text = "\n\n".join("\n".join(row[1:]) for row in csv.reader(text.splitlines()))
+    return text
+
+
+def downloaded_corpus(corpus, folder, tokens):
+    """-> (in-domain documents, none for fineweb-edu; {name: out-of-distribution ones}). Raises DataError."""
+    most = 5 * tokens if tokens else None                    # bytes: a token is 4 to 4.5 of them
+    in_domain = [] if corpus == "fineweb-edu" else list(pieces(fetched_text(corpus, folder, most)))
+    ood = {name: list(pieces(fetched_text(name, folder))) for name in ("wikipedia", "novel", "news")}
+    ood["code"] = list(read_tree("stdlib", sysconfig.get_paths()["stdlib"], ".py"))
+    return in_domain, ood
+
+
+def gpt2_ranks():
+    """{bytes: rank} of GPT-2's vocabulary, which tiktoken downloads once. Raises DataError."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as e:                                   # the network's errors are of many kinds
+        raise DataError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): set TIKTOKEN_CACHE_DIR to "
+                        "the folder where tiktoken.get_encoding('gpt2') has stored it on another machine") from None
+    return {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
 
 
 def split_documents(in_domain, ood):
@@ -252,8 +384,8 @@ def load_tokenizer(data_dir):
     try:
         saved = read_json(path, 2**26)
         tokens = [base64.b64decode(token) for token in saved["tokens"]]
-        if (sha(json.dumps(saved)) != meta["tokenizer"] or saved["pattern"] != PATTERN
-                or len(tokens) != meta["vocab_size"] - 1 or len(set(tokens)) != len(tokens)
+        if (sha(json.dumps(saved)) != meta["tokenizer"] or saved["pattern"] not in (PATTERN, GPT2_PATTERN)
+                or len(tokens) != meta["ids"] - 1 or len(set(tokens)) != len(tokens)
                 or not {bytes([b]) for b in range(256)} <= set(tokens)):
             raise ValueError
         return make_encoding({token: rank for rank, token in enumerate(tokens)}, saved["pattern"])
@@ -272,8 +404,9 @@ def checksum(meta):
 
 
 META = {"corpus": str, "source": str, "fingerprint": str, "tokenizer": str, "asked_vocab_size": int,
-        "vocab_size": int, "dtype": str, "sets": dict}       # what meta.json holds, and of each set:
+        "ids": int, "vocab_size": int, "dtype": str, "sets": dict}           # of meta.json, and of each set:
 SET = {"documents": int, "tokens": int, "bytes": int, "bytes_per_token": float, "sha256": str}
+SHARDS = {"name": str, "tokens": int, "sha256": str}         # a set in fineweb-edu's own files has "shards"
 
 
 def load_meta(data_dir):
@@ -283,9 +416,11 @@ def load_meta(data_dir):
         meta = read_json(path, 2**20)
         fit = (all(type(meta[key]) is kind for key, kind in META.items())
                and all(type(s[key]) is kind for s in meta["sets"].values() for key, kind in SET.items())
-               and all(regex.fullmatch(r"train|val|ood_\w+", name) for name in meta["sets"]))
+               and all(regex.fullmatch(r"train|val|ood_\w+", name) for name in meta["sets"])
+               and all(type(shard[key]) is kind and regex.fullmatch(r"\w+\.bin", shard["name"])
+                       for s in meta["sets"].values() for shard in s.get("shards", ()) for key, kind in SHARDS.items()))
         if (not fit or meta["checksum"] != checksum(meta) or meta["dtype"] not in ("uint16", "uint32")
-                or not 257 <= meta["vocab_size"] <= 2**20):
+                or not 257 <= meta["ids"] <= meta["vocab_size"] <= 2**20):
             raise ValueError
         meta["sets"]["train"], meta["sets"]["val"]
         return meta
@@ -295,47 +430,66 @@ def load_meta(data_dir):
         raise DataError(f"{path} is damaged: delete {data_dir} and make it again with data.py") from None
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4096)
 def contents(path, dtype, modified):
     """-> sha256 and largest id of a .bin, read once a process and version of the file."""
     digest, largest = hashlib.sha256(), -1
     with open(path, "rb") as f:
         while part := f.read(2**24):
             digest.update(part)
-            largest = max(largest, int(np.frombuffer(part, dtype).max()))
+            start = 1024 if largest < 0 and os.path.basename(path).startswith("edu_fineweb_") else 0
+            largest = max(largest, int(np.frombuffer(part, dtype, offset=start).max(initial=0)))
     return digest.hexdigest(), largest
 
 
-def load_tokens(path):
-    """The ids in a .bin as a memory map, checked against meta.json beside it. Raises DataError."""
-    meta = load_meta(os.path.dirname(path) or ".")
-    name = os.path.basename(path).removesuffix(".bin")
-    if name not in meta["sets"]:
-        raise DataError(f"{path} is not a set of this corpus, which has {', '.join(meta['sets'])}")
-    expected = meta["sets"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize
-    if not os.path.isfile(path) or os.path.getsize(path) != expected or not expected:
+def checked(path, tokens, digest, meta, header=0):
+    """A memory map of the ids in a .bin that holds what meta.json tells. Raises DataError."""
+    expected = tokens * np.dtype(meta["dtype"]).itemsize + header
+    if not tokens or not os.path.isfile(path) or os.path.getsize(path) != expected:
         raise DataError(f"{path} is missing or not {expected:,} bytes long: delete its folder and make it "
                         "again with data.py")
     found, largest = contents(path, meta["dtype"], os.stat(path).st_mtime_ns)
-    if found != meta["sets"][name]["sha256"] or largest >= meta["vocab_size"]:
+    if found != digest or largest >= meta["ids"]:
         raise DataError(f"{path} is damaged: delete its folder and make it again with data.py")
-    return np.memmap(path, dtype=meta["dtype"], mode="r")
+    return np.memmap(path, dtype=meta["dtype"], mode="r", offset=header)
+
+
+def load_shards(path):
+    """The ids of a set, .../NAME.bin, as memory maps, of which most sets have one. Raises DataError."""
+    folder, name = os.path.dirname(path) or ".", os.path.basename(path).removesuffix(".bin")
+    meta = load_meta(folder)
+    if name not in meta["sets"]:
+        raise DataError(f"{path} is not a set of this corpus, which has {', '.join(meta['sets'])}")
+    s = meta["sets"][name]
+    if "shards" in s:
+        return [checked(os.path.join(folder, x["name"]), x["tokens"], x["sha256"], meta, 1024) for x in s["shards"]]
+    return [checked(path, s["tokens"], s["sha256"], meta)]
+
+
+def load_tokens(path):
+    """The ids of a set that is one file, as a memory map. Raises DataError."""
+    tokens, *more = load_shards(path)
+    if more:
+        raise DataError(f"{path} has several shards")
+    return tokens
 
 
 class Batches:
     """
     Batches(path, batch_size, block_size, seed)[step] -> x, y, int64 of shape (batch_size, block_size); y is x
-    moved on by one token. A pure function of (seed, step), so resuming is indexing. The file is cut into
-    windows of block_size; every window comes once an epoch, in an order drawn from (seed, epoch). Holds 4
+    moved on by one token. A pure function of (seed, step), so resuming is indexing. Every file of the set is cut
+    into windows of block_size; every window comes once an epoch, in an order drawn from (seed, epoch). Holds 4
     bytes a window. Raises DataError.
     """
     def __init__(self, path, batch_size, block_size, seed):
-        self.tokens = load_tokens(path)
+        self.shards = load_shards(path)
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
-        self.n = (len(self.tokens) - 1) // block_size        # windows in an epoch
+        # the first window of each shard, and the number of windows in an epoch
+        self.first = np.cumsum([0, *((len(shard) - 1) // block_size for shard in self.shards)])
+        self.n = int(self.first[-1])
         if self.n < batch_size:
-            raise DataError(f"{path} has {len(self.tokens):,} tokens, fewer than one batch of {batch_size} x "
-                            f"{block_size}: use more text or smaller batches")
+            raise DataError(f"{path} has {sum(map(len, self.shards)):,} tokens, fewer than one batch of "
+                            f"{batch_size} x {block_size}: use more text or smaller batches")
         self.epoch, self.order = None, None
 
     def window(self, i):
@@ -344,8 +498,10 @@ class Batches:
             order = np.arange(self.n, dtype=np.uint32)
             np.random.default_rng((self.seed, epoch)).shuffle(order)
             self.epoch, self.order = epoch, order
-        start = int(self.order[position]) * self.block_size
-        return self.tokens[start:start + self.block_size + 1]
+        window = int(self.order[position])
+        k = int(np.searchsorted(self.first, window, side="right")) - 1
+        start = (window - int(self.first[k])) * self.block_size
+        return self.shards[k][start:start + self.block_size + 1]
 
     def __getitem__(self, step):
         rows = np.stack([self.window(step * self.batch_size + j) for j in range(self.batch_size)])
@@ -353,15 +509,52 @@ class Batches:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None):
+def made(out_dir, source):
+    """The meta of a finished out_dir made from this source, None if it is not finished. Raises DataError."""
+    if not os.path.exists(os.path.join(out_dir, "meta.json")):
+        return None
+    meta = load_meta(out_dir)
+    if meta["source"] != source:
+        raise DataError(f"{out_dir} holds another corpus: choose another --out, or delete it")
+    return meta
+
+
+def numbers_of(shards, encoding):
+    """What meta.json tells of a set, but for the sha256: counted from its ids."""
+    lengths = np.zeros(2**20, dtype=np.int64)
+    lengths[:encoding.eot_token] = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)]
+    tokens = documents = size = 0
+    for ids in shards:
+        for i in range(0, len(ids), 2**22):
+            counts = np.bincount(ids[i:i + 2**22], minlength=encoding.n_vocab)
+            documents += int(counts[encoding.eot_token])
+            size += int(counts @ lengths[:len(counts)])
+        tokens += len(ids)
+    return {"documents": documents, "tokens": tokens, "bytes": size, "bytes_per_token": round(size / tokens, 4)}
+
+
+def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None):
     """
-    Make out_dir from a corpus, "python" or "text" (then from the files train and ood = {name: files}), and
-    return its meta. vocab_size counts the bytes, the merges and end-of-text. A finished out_dir made by the
-    same call is left as it is; one made by another is an error. Raises DataError before anything is written.
+    Make out_dir from a corpus and return its meta: "python"; "text", from the files train and ood = {name:
+    files}; or one of DOWNLOADED, with about so many training tokens (none: all, of fineweb-edu one shard).
+    vocab_size counts the bytes, the merges and end-of-text; what is downloaded has GPT-2's vocabulary. A
+    finished out_dir made by the same call is left as it is; one made by another is an error. Raises DataError,
+    for your own text before anything is written.
     """
     if vocab_size < 257:
         raise DataError(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {vocab_size}")
-    if corpus == "python":
+    shards, held_out, claim = [], None, None
+    if corpus in DOWNLOADED:
+        source, vocab_size = sha(f"{corpus} {tokens}"), GPT2_VOCABULARY
+        if meta := made(out_dir, source):
+            return meta
+        ranks, pattern = gpt2_ranks(), GPT2_PATTERN
+        os.makedirs(os.path.join(out_dir, "raw"), exist_ok=True)
+        claim = lock(out_dir, wait=600)                      # held until this function returns
+        if corpus == "fineweb-edu":
+            shards, held_out = fineweb_shards(out_dir, tokens or SHARD)
+        in_domain, out_of_domain = downloaded_corpus(corpus, os.path.join(out_dir, "raw"), tokens)
+    elif corpus == "python":
         if os.path.exists(os.path.join(out_dir, "meta.json")):
             meta = load_meta(out_dir)
             if (meta["corpus"], meta["asked_vocab_size"]) == (corpus, vocab_size):
@@ -370,57 +563,71 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     elif corpus == "text":
         in_domain, out_of_domain = text_corpus(train, ood or {})
     else:
-        raise DataError(f"unknown corpus {corpus!r}: python or text")
+        raise DataError(f"unknown corpus {corpus!r}: python, text, {', '.join(DOWNLOADED)}")
     sets = split_documents(in_domain, out_of_domain)
-    for name in ("train", "val", *(f"ood_{key}" for key in out_of_domain)):
+    for name in (*(() if shards else ("train", "val")), *(f"ood_{key}" for key in out_of_domain)):
         if not sets.get(name):
             raise DataError(f"the set {name} came out empty: it needs more text")
-    lines = [f"{key} {name} {sha(text)}" for key, documents in sets.items() for name, text in documents]
-    source = sha("\n".join([str(vocab_size), *lines]))
-    if os.path.exists(os.path.join(out_dir, "meta.json")):
-        if load_meta(out_dir)["source"] == source:
-            return load_meta(out_dir)
-        raise DataError(f"{out_dir} holds another corpus: choose another --out, or delete it")
+    if corpus not in DOWNLOADED:
+        lines = [f"{key} {name} {sha(text)}" for key, documents in sets.items() for name, text in documents]
+        source = sha("\n".join([str(vocab_size), *lines]))
+        if meta := made(out_dir, source):
+            return meta
+        os.makedirs(out_dir, exist_ok=True)
+        claim = lock(out_dir, wait=600)
+    if meta := made(out_dir, source):                        # another process was faster
+        return meta
 
-    os.makedirs(out_dir, exist_ok=True)
-    claim = lock(out_dir, wait=600)                          # held until this function returns
-    if os.path.exists(os.path.join(out_dir, "meta.json")):   # another process was faster
-        return prepare(corpus, out_dir, vocab_size, train, ood)
-    sample, size = [], 0
-    for _, text in sets["train"]:
-        if size < BPE_BYTES:
-            sample.append(text)
-            size += len(text)
-    ranks = train_bpe("\n".join(sample)[:BPE_BYTES], vocab_size - 1, PATTERN)
-    encoding = make_encoding(ranks, PATTERN)
-    tokenizer = json.dumps({"pattern": PATTERN, "tokens": [base64.b64encode(t).decode() for t in ranks]})
+    if corpus not in DOWNLOADED:
+        sample, size = [], 0
+        for _, text in sets["train"]:
+            if size < BPE_BYTES:
+                sample.append(text)
+                size += len(text)
+        ranks, pattern = train_bpe("\n".join(sample)[:BPE_BYTES], vocab_size - 1, PATTERN), PATTERN
+    encoding = make_encoding(ranks, pattern)
+    in_order = sorted(ranks, key=ranks.get)
+    tokenizer = json.dumps({"pattern": pattern, "tokens": [base64.b64encode(t).decode() for t in in_order]})
     write(out_dir, "tokenizer.json", tokenizer.encode())
 
+    size = vocab_size if corpus in DOWNLOADED else encoding.n_vocab
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "tiktoken", "sympy", "networkx")}
     meta = {"corpus": corpus, "source": source, "fingerprint": None, "tokenizer": sha(tokenizer),
-            "asked_vocab_size": vocab_size, "vocab_size": encoding.n_vocab,
-            "dtype": "uint16" if encoding.n_vocab <= 65536 else "uint32", "sets": {},
-            "versions": {"python": sys.version.split()[0], **versions}}
-    size = sum(len(text) for documents in sets.values() for _, text in documents)
-    bar = tqdm(total=size, desc="encoding", unit="B", unit_scale=True, disable=None)
-    for name, documents in sets.items():
-        ids = []
-        for i in range(0, len(documents), 64):
-            texts = [text for _, text in documents[i:i + 64]]
-            for document in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1):
-                ids.append(np.array(document + [encoding.eot_token], dtype=meta["dtype"]))
-            bar.update(sum(map(len, texts)))
-        ids = np.concatenate(ids)
-        n_bytes = sum(len(text.encode("utf-8")) for _, text in documents)
+            "asked_vocab_size": vocab_size, "ids": encoding.n_vocab, "vocab_size": size, "dtype": "uint16" if size <= 65536 else "uint32",
+            "sets": {}, "versions": {"python": sys.version.split()[0], **versions}}
+    if shards:
+        paths = [os.path.join(out_dir, name) for name in shards]
+        meta["sets"]["train"] = {**numbers_of(map(shard_tokens, paths), encoding), "sha256": "", "shards": [
+            {"name": name, "tokens": len(shard_tokens(path)),
+             "sha256": contents(path, "uint16", os.stat(path).st_mtime_ns)[0]} for name, path in zip(shards, paths)]}
+    characters = sum(len(text) for documents in sets.values() for _, text in documents)
+    bar = tqdm(total=characters, desc="encoding", unit="B", unit_scale=True, disable=None)
+    for name in ["val"] * bool(shards) + list(sets):
+        if name == "val" and shards:
+            ids = np.array(held_out)
+        else:
+            documents, ids = [text for _, text in sets[name]], []
+            for i in range(0, len(documents), 64):
+                for document in encoding.encode_ordinary_batch(documents[i:i + 64], num_threads=os.cpu_count() or 1):
+                    ids.append(np.array(document + [encoding.eot_token], dtype=meta["dtype"]))
+                bar.update(sum(map(len, documents[i:i + 64])))
+            ids = np.concatenate(ids)
         write(out_dir, f"{name}.bin", ids.tobytes())
-        meta["sets"][name] = {"documents": len(documents), "tokens": len(ids), "bytes": n_bytes,
-                              "bytes_per_token": round(n_bytes / len(ids), 4),
-                              "sha256": sha(ids.tobytes(), 64)}
+        meta["sets"][name] = {**numbers_of([ids], encoding), "sha256": sha(ids.tobytes(), 64)}
     bar.close()
     meta["fingerprint"] = sha(json.dumps([meta["tokenizer"], meta["sets"]]))
     meta["checksum"] = checksum(meta)
     write(out_dir, "meta.json", json.dumps(meta, indent=1).encode())
     return meta
+
+
+def count(text):
+    """'3M' -> 3 * 2**20: counts in powers of two divide into batches. Raises ArgumentTypeError."""
+    unit = {"K": 2**10, "M": 2**20, "B": 2**30}.get(text[-1:].upper())
+    try:
+        return int(float(text[:-1]) * unit) if unit else int(text)
+    except (ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 3145728 or 3M") from None
 
 
 def write(folder, name, data):
@@ -492,10 +699,12 @@ def run(main, *errors):
 
 def main():
     parser = Parser(__doc__)
-    parser.add_argument("--corpus", default="python", choices=("python", "text"),
+    parser.add_argument("--corpus", default="python", choices=("python", "text", *DOWNLOADED),
                         help="what to tokenize (default: python)")
-    parser.add_argument("--vocab_size", type=int, default=512,
-                        help="tokens in the vocabulary: 256 bytes, merges, end-of-text (default: 512)")
+    parser.add_argument("--vocab_size", type=int, metavar="N", help="python and text: tokens in the "
+                        "vocabulary, which are 256 bytes, merges and end-of-text (default: 512)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="what is downloaded: training tokens, about; "
+                        "K, M and B are 2^10, 2^20 and 2^30 (default: all; of fineweb-edu one shard, 100 million)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE",
                         help=f"text corpus: UTF-8 files to train on; {VAL_PERCENT} %% of it is held out")
@@ -510,10 +719,14 @@ def main():
         if name in ood:
             parser.error(f"--ood names {name} twice: give all its files at once")
         ood[name] = [path, *more]
-    if args.corpus == "python" and (args.train or ood):
+    if args.corpus != "text" and (args.train or ood):
         parser.error("--train and --ood go with --corpus text")
-    out = args.out or f"data/{args.corpus}"
-    meta = prepare(args.corpus, out, args.vocab_size, args.train, ood)
+    if args.corpus in DOWNLOADED and args.vocab_size is not None:
+        parser.error(f"--vocab_size: {args.corpus} has GPT-2's vocabulary")
+    if args.tokens is not None and (args.corpus not in DOWNLOADED or not 0 < args.tokens <= 10**11):
+        parser.error(f"--tokens goes from 1 to 10^11, with --corpus {', '.join(DOWNLOADED)}")
+    out, size = args.out or f"data/{args.corpus}", 512 if args.vocab_size is None else args.vocab_size
+    meta = prepare(args.corpus, out, size, args.train, ood, args.tokens)
     print(f"{out}: vocabulary {meta['vocab_size']}, {meta['dtype']}, fingerprint {meta['fingerprint']}")
     for name, s in meta["sets"].items():
         print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens, "

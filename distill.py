@@ -5,6 +5,7 @@ The loss and the training loop. A teacher is a run with alpha = 0; a student is 
     python distill.py --size xs --tokens 8M --seed 1001 --out out/xs           # a (weak) teacher
     python distill.py --size s --tokens 3M --teacher out/xs/ckpt.pt --alpha 0,0.25,0.5,1 --out out/taught
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0.5 --profile  # where the time of a step goes
+    torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...  # many GPUs, a slice of each batch
 
 Several alphas train that many students side by side, on the same batches and with one teacher forward a
 batch. The same command after an interruption goes on from the last state, and repeats nothing if the run is
@@ -36,11 +37,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data import Batches, Parser, load_meta, lock, run, write
+from data import Batches, Parser, count, load_meta, lock, run, write
 from model import (GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint,
                    read_sealed, save_checkpoint, write_atomically)
 
@@ -54,15 +58,6 @@ class ConfigError(ValueError):
 
 def knob(default, text, kind=None):
     return field(default=default, metadata={"help": text, "kind": kind or type(default)})
-
-
-def count(text):
-    """'3M' -> 3 * 2**20: counts in powers of two divide into batches. Raises ArgumentTypeError."""
-    unit = {"K": 2**10, "M": 2**20, "B": 2**30}.get(text[-1:].upper())
-    try:
-        return int(float(text[:-1]) * unit) if unit else int(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 3145728 or 3M") from None
 
 
 def short(n):
@@ -227,13 +222,15 @@ def learning_rate(config, step, steps):
 OVERFLOWS = 100                      # float16 steps in a row that may overflow, each lowering the loss's scale
 
 
-class Student:
+class Student(nn.Module):
     """One model in training, its optimizer and its alpha."""
 
     def __init__(self, shape, alpha, config, device, dtype):
+        super().__init__()
         torch.manual_seed(config.seed)                       # every alpha starts from the same weights
         self.alpha = alpha
         self.model = GPT(shape).to(device)
+        self.hidden, self.loss_fn, self.temperature = self.model.hidden, distill_loss, config.temperature
         self.head = self.model.lm_head.weight
         # as a tensor for the compiled loss: a Python float would be compiled anew for each value
         self.alpha_t = torch.tensor(alpha, device=device)
@@ -247,6 +244,12 @@ class Student:
         # steps with a loss or gradient that is no finite number, in a row and in all; kept on the device, to be
         # asked for rarely
         self.failed, self.skipped = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
+
+    def forward(self, x, y, target):
+        """Ids and labels (B, T), and what teacher_hidden() gives -> the loss."""
+        known = target if self.alpha else (None, None)
+        loss, self.ce, self.kl = self.loss_fn(self.hidden(x), self.head, y, self.alpha_t, *known, self.temperature)
+        return loss
 
     def clip_and_step(self, lr):
         for group in self.optimizer.param_groups:
@@ -278,9 +281,16 @@ class Student:
                 getattr(self, part).load_state_dict(saved)
 
 
+def ranks():
+    """-> this process's rank, and how many there are: torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def pick_device(config):
     """-> (torch.device, dtype of autocast). Raises ConfigError where the device cannot be had."""
     name = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and ranks()[1] > 1:                    # each rank its own
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -370,7 +380,9 @@ def read_log(path, first_step):
 
 def set_up(config):
     """-> device, dtype, meta of the corpus, batches, shape of the student, teacher or None. Raises as train()."""
-    meta, (device, dtype) = load_meta(config.data), pick_device(config)
+    meta, (device, dtype), world = load_meta(config.data), pick_device(config), ranks()[1]
+    if config.batch_size % world:
+        raise ConfigError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks: choose a multiple")
     train_bin = os.path.join(config.data, "train.bin")
     batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
@@ -439,6 +451,9 @@ def train(config, on_tokens=None):
     written; SystemExit with 130 or 143 when stopped by Ctrl-C or SIGTERM, after saving the state.
     """
     device, dtype, meta, batches, shape, teacher = set_up(config)
+    rank, world = ranks()
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     at_step = config.tokens_per_step
     steps = config.tokens // at_step
     marks = {c // at_step: c for c in config.checkpoints} | {steps: config.tokens}       # step -> tokens
@@ -453,11 +468,12 @@ def train(config, on_tokens=None):
     unfinished(config, state_path, identity, device)
     low, taught_by = dtype != torch.float32, teacher and teacher.config
     check_room(memory_needed(config, shape, taught_by, low), disk_needed(config, shape), device, config.out)
-    for k in kept:
-        os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
-    claim = lock(config.out)                                  # ours until this function returns
+    if rank == 0:
+        for k in kept:
+            os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
+        claim = lock(config.out)                              # ours until this function returns
     if finished(config, kept, identity):                      # another process was faster, or was killed at its end
-        if os.path.exists(state_path):
+        if rank == 0 and os.path.exists(state_path):
             os.remove(state_path)
         return kept
     state = unfinished(config, state_path, identity, device)
@@ -465,12 +481,15 @@ def train(config, on_tokens=None):
     first_step = state["step"] if state else 0
     for student, saved in zip(students, state["students"] if state else ()):
         student.load_state(saved)
-    write(config.out, "log.jsonl", "".join(read_log(log_path, first_step)).encode())
-    log = open(log_path, "a")
+    if rank == 0:
+        write(config.out, "log.jsonl", "".join(read_log(log_path, first_step)).encode())
+    log = open(log_path if rank == 0 else os.devnull, "a")
 
     fn, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
     for student in students:
-        student.hidden = fn(student.model.hidden)
+        student.hidden, student.loss_fn = fn(student.model.hidden), loss_fn
+    # with several ranks each works on its rows of every batch, and their gradients are averaged
+    replicas = [DistributedDataParallel(s, broadcast_buffers=False) if world > 1 else s for s in students]
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     stopped_by, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
@@ -478,65 +497,75 @@ def train(config, on_tokens=None):
             handlers[s] = signal.signal(s, lambda s, _: stopped_by.append(s))
     name = f"{config.size} ({count_parameters(shape) / 1e6:.2f}M) x {len(students)}"
     bar = tqdm(total=steps * at_step, initial=first_step * at_step, desc=name, unit="tok", unit_scale=True,
-               disable=True if on_tokens else None)
+               disable=True if on_tokens or rank else None)
     if on_tokens:
         on_tokens(first_step * at_step)
     saved_at = logged_at = time.time()
     try:
         for step in range(first_step, steps):
             for micro in range(config.accumulate):
-                x, y = batches[step * config.accumulate + micro]
+                x, y = (part[rank::world] for part in batches[step * config.accumulate + micro])
                 if device.type == "cuda":                     # from pinned memory the copy does not wait
                     x, y = (part.pin_memory().to(device, non_blocking=True) for part in (x, y))
                 with autocast:
                     target = teacher_hidden(x)                # one teacher forward serves every student
-                for student in students:                      # one student per alpha, on the same batch
+                for student, replica in zip(students, replicas):   # one student per alpha, on the same batch
+                    replica.require_backward_grad_sync = micro == config.accumulate - 1
                     with autocast:
-                        known = target if student.alpha else (None, None)
-                        loss, student.ce, student.kl = loss_fn(student.hidden(x), student.head, y,
-                                                               student.alpha_t, *known, config.temperature)
+                        loss = replica(x, y, target)
                     student.scaler.scale(loss / config.accumulate).backward()
             lr = learning_rate(config, step, steps)
             for student in students:
                 student.clip_and_step(lr)
 
-            done = step + 1
-            saving = bool(stopped_by) or time.time() - saved_at > config.save_every
-            if done in marks or saving or step % config.log_every == 0:
+            done, stop = step + 1, bool(stopped_by)
+            logging = step % config.log_every == 0 or done == steps
+            if logging:
+                seen = torch.stack([x for s in students for x in (s.ce, s.kl)] + [torch.tensor(stop, device=device)])
+                if world > 1:
+                    dist.all_reduce(seen)
+                    seen /= world
+            if world > 1:                                     # all ranks stop at the same step
+                stop = logging and seen[-1].item() > 0
+            saving = stop or time.time() - saved_at > config.save_every
+            if done in marks or saving or logging:
                 for student in students:                      # before anything of it is written
                     student.check(config, step, steps)
-            if done in marks:
+            if done in marks and rank == 0:
                 for student in students:
                     path = checkpoint_path(config, student.alpha, marks[done])
                     save_checkpoint(path, student.model, **identity, tokenizer=meta["tokenizer"],
                                     size=config.size, tokens=marks[done], seed=config.seed,
                                     alpha=student.alpha, teacher=config.teacher)
-            if step % config.log_every == 0 or done == steps:
-                now, ce = time.time(), [round(s.ce.item(), 5) for s in students]
-                line = {"step": step, "tokens": done * at_step, "lr": lr, "alpha": config.alpha, "ce": ce,
-                        "kl": [round(s.kl.item(), 5) for s in students], "seconds": round(now - logged_at, 3)}
+            if logging:
+                now, numbers = time.time(), [round(x, 5) for x in seen.tolist()]
+                line = {"step": step, "tokens": done * at_step, "lr": lr, "alpha": config.alpha, "ce": numbers[:-1:2],
+                        "kl": numbers[1::2], "seconds": round(now - logged_at, 3)}
                 if dtype == torch.float16:
                     line["skipped"] = [s.skipped.item() for s in students]
                 print(json.dumps(line), file=log, flush=True)
                 logged_at = now
-                bar.set_postfix_str(f"loss {ce[-1]:.3f}", refresh=False)
+                bar.set_postfix_str(f"loss {numbers[-3]:.3f}", refresh=False)
             (on_tokens or bar.update)(at_step)
             if saving and done < steps:
-                states = [student.state() for student in students]
-                write_atomically(state_path, {**identity, "step": done, "students": states})
                 saved_at = time.time()
-            if saving and stopped_by:
-                if not on_tokens:
+                if rank == 0:
+                    states = [student.state() for student in students]
+                    write_atomically(state_path, {**identity, "step": done, "students": states})
+            if stop:
+                if not on_tokens and rank == 0:
                     print(f"\nstopped at {done * at_step:,} of {config.tokens:,} tokens; the state is saved, "
                           "and the same command goes on from here", file=sys.stderr)
-                sys.exit(128 + stopped_by[0])
+                sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     finally:
         for s, handler in handlers.items():
             signal.signal(s, handler)
         bar.close()
         log.close()
-    if os.path.exists(state_path):
+    if rank == 0 and os.path.exists(state_path):
         os.remove(state_path)
+    if world > 1:                                             # the files are there for every rank
+        dist.barrier()
     return kept
 
 
@@ -754,9 +783,13 @@ def main():
     start, (only_profile, config) = time.time(), parse_config()
     if only_profile:
         return profile(config)
-    for checkpoint in train(config):
+    kept = train(config)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for checkpoint in kept if ranks()[0] == 0 else ():
         print(f"alpha {checkpoint['alpha']:g} at {short(checkpoint['tokens'])} tokens: {checkpoint['path']}")
-    print(f"{time.time() - start:.0f} s; next: python eval.py CHECKPOINTS")
+    if ranks()[0] == 0:
+        print(f"{time.time() - start:.0f} s; next: python eval.py CHECKPOINTS")
 
 
 if __name__ == "__main__":

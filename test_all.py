@@ -6,9 +6,11 @@ tiktoken's educational byte-pair encoder, transformers' Llama. Otherwise a plain
 """
 import ast
 import contextlib
+import copy
 import dataclasses
 import functools
 import hashlib
+import http.server
 import importlib.util
 import io
 import json
@@ -20,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -313,9 +316,13 @@ def test_big_vocabularies_are_uint32(tmp_path):
     ids = np.array([0, 65535, 65536, 128_000, 7, 8], dtype=np.uint32)
     (tmp_path / "train.bin").write_bytes(ids.tobytes())
     one = {"documents": 1, "tokens": 6, "bytes": 24, "bytes_per_token": 4.0, "sha256": data.sha(ids.tobytes(), 64)}
-    write_meta(tmp_path, {"corpus": "x", "source": "s", "fingerprint": "f", "tokenizer": "t", "vocab_size": 128_256,
-                          "asked_vocab_size": 128_256, "dtype": "uint32", "sets": {"train": one, "val": one}})
+    meta = {"corpus": "x", "source": "s", "fingerprint": "f", "tokenizer": "t", "ids": 128_001, "vocab_size": 128_256,
+            "asked_vocab_size": 128_256, "dtype": "uint32", "sets": {"train": one, "val": one}}
+    write_meta(tmp_path, meta)
     assert data.Batches(str(tmp_path / "train.bin"), 1, 5, 0)[0][1].tolist() == [[65535, 65536, 128_000, 7, 8]]
+    write_meta(tmp_path, {**meta, "ids": 128_000})            # an id that the vocabulary does not have
+    with pytest.raises(data.DataError, match="damaged"):
+        data.load_tokens(str(tmp_path / "train.bin"))
 
 
 # ------------------------------------------------------------------------------
@@ -566,6 +573,44 @@ def test_a_stopped_run_goes_on_as_if_never_stopped(corpus, tmp_path, signal_numb
     def steps(run):
         return [json.loads(line)["step"] for line in open(tmp_path / run / "log.jsonl")]
     assert steps("parts") == steps("whole")
+
+
+@pytest.mark.skipif(not torch.distributed.is_available() or sys.platform != "linux", reason="needs gloo, and Linux's list of children")
+def test_two_ranks_equal_one_and_stop_together(corpus, tmp_path):
+    teacher = distill.train(config(corpus, tmp_path / "t", seed=9))[0]["path"]
+    argv = ["distill.py", "--data", corpus, "--size", "xs", "--batch_size", "4", "--block_size", "32", "--compile", "false", "--log_every", "4",
+            "--accumulate", "2", "--teacher", teacher, "--alpha", "0,0.5", "--save_every", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def curve(run):
+        lines = [json.loads(line) for line in open(tmp_path / run / "log.jsonl")]
+        return np.array([[*line["ce"], *line["kl"]] for line in lines])
+    distill.train(distill.parse_config([*argv[1:], "--tokens", "16K", "--out", str(tmp_path / "one")])[1])
+    done = subprocess.run([*torchrun, "--tokens", "16K", "--out", tmp_path / "two"], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("alpha 0.5 at 16K tokens") == 1, done.stderr
+    assert curve("one").shape == curve("two").shape and np.abs(curve("one") - curve("two")).max() < 2e-4
+    assert {p.name for p in (tmp_path / "two").rglob("*") if p.is_file()} == {".lock", "log.jsonl", "ckpt.pt"}
+
+    def stopped(how):
+        """Start a longer run and stop it: SIGTERM to torchrun, or SIGKILL to one of the ranks."""
+        process = subprocess.Popen([*torchrun, "--tokens", "64K", "--out", tmp_path / "long"], cwd=HERE, env=environment, stderr=subprocess.PIPE, text=True)
+        log = tmp_path / "long" / "log.jsonl"
+        before = len(log.read_text().splitlines()) if log.exists() else 0
+        while process.poll() is None and not (log.exists() and len(log.read_text().splitlines()) > before + 4):
+            time.sleep(0.02)
+        child = int(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()[-1])
+        os.kill(child if how == signal.SIGKILL else process.pid, how)
+        err = process.communicate(timeout=90)[1]
+        assert process.returncode != 0
+        return err
+    assert "Signal 9 (SIGKILL)" in stopped(signal.SIGKILL)    # a rank that dies ends the job and is named
+    assert "the same command goes on" in stopped(signal.SIGTERM)
+    done = subprocess.run([*torchrun, "--tokens", "64K", "--out", tmp_path / "long"], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    distill.train(distill.parse_config([*argv[1:], "--tokens", "64K", "--out", str(tmp_path / "long_one")])[1])
+    assert np.abs(curve("long_one") - curve("long")).max() < 5e-2              # rounding grows over 256 steps
+    bad = subprocess.run([*torchrun, "--batch_size", "3", "--out", tmp_path / "bad"], cwd=HERE, env=environment, capture_output=True, text=True)
+    assert bad.returncode != 0 and "cannot be shared by 2 ranks" in bad.stderr and not (tmp_path / "bad").exists()
 
 
 def test_every_field_is_a_flag_with_its_default():
@@ -920,6 +965,157 @@ def test_dry_run_prints_every_run_and_does_nothing(scale, tmp_path, monkeypatch,
 
 
 # ------------------------------------------------------------------------------
+# downloads, from a server on this machine
+
+@pytest.fixture
+def server():
+    """A file server on loopback with faults: files {name: bytes}, faults {name: [one for each request]}, and a log of (name, first byte)."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        files, faults, log = {}, {}, []
+
+        def do_GET(self):
+            name = self.path.strip("/")
+            start = int(self.headers.get("Range", "bytes=0-").split("=")[1].split("-")[0])
+            fault = self.faults.get(name, []).pop(0) if self.faults.get(name) else None
+            self.log.append((name, start))
+            body = self.files.get(name)
+            if isinstance(fault, int) or body is None or start >= len(body) > 0 and start:
+                self.send_response(fault or (404 if body is None else 416))
+                self.send_header("Retry-After", "0")
+                self.end_headers()
+                return
+            start = 0 if fault == "from the start" else start
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            self.wfile.write(body[start:start + (len(body) - start) // 2] if fault == "cut" else body[start:])
+
+        def log_message(self, *_):
+            pass
+    httpd = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    Handler.url = f"http://127.0.0.1:{httpd.server_port}/"
+    yield Handler
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_download_goes_on_tries_again_and_leaves_no_half_file(server, tmp_path, capsys):
+    server.files["f"] = whole = random.Random(0).randbytes(300_000)
+    path = tmp_path / "f"
+    def fetch(*faults, tries=8):
+        path.unlink(missing_ok=True)
+        server.faults["f"], server.log[:] = list(faults), []
+        data.download(server.url + "f", str(path), tries, pause=0.001)
+        assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["f"]
+        return [start for _, start in server.log]
+    assert fetch() == [0]
+    assert fetch("cut", "cut", "cut") == [0, 150_000, 225_000, 262_500]
+    assert fetch(429, 503, 500) == [0, 0, 0, 0]
+    assert fetch("cut", "from the start") == [0, 150_000]     # a server that knows no ranges
+    (tmp_path / "f.part").write_bytes(bytes(400_000))         # left from another, longer version
+    assert fetch() == [400_000, 0]
+    for faults, word in ((["cut"] * 3, "bytes came"), ([503] * 3, "HTTP 503"), ([404], "HTTP 404"), ([403], "HTTP 403")):
+        path.unlink(missing_ok=True)
+        server.faults["f"], server.log[:] = list(faults), []
+        with pytest.raises(data.DataError, match=word):
+            data.download(server.url + "f", str(path), 3, pause=0.001)
+        assert not path.exists() and len(server.log) == len(faults)
+    with pytest.raises(data.DataError, match="cannot download"):
+        data.download("http://127.0.0.1:9/f", str(path), 2, pause=0.001)       # nobody listens there
+    assert not path.exists()
+
+
+def shard(ids, magic=20240520, version=1, count=None):
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    return header.tobytes() + np.array(ids, dtype="<u2").tobytes()
+
+
+@pytest.fixture
+def library(server, monkeypatch):
+    """The downloads of data.py in small, on the server; GPT-2's vocabulary is that of the bytes."""
+    draw = np.random.default_rng(0)
+    def ids(n):
+        part = draw.integers(97, 120, n)
+        part[::500] = 256
+        return part
+    for name, n in (("train_000001", 20_000), ("train_000002", 30_000), ("val_000000", 9_000)):
+        server.files[f"edu_{name}"] = shard(ids(n))
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as z:
+        z.writestr("../../evil/wiki.test.raw", poem(9, seed=3))                # read by its end, never unpacked
+    server.files |= {"wiki": zipped.getvalue(), "novel": poem(9, seed=4).encode(), "news": b'"1","A title","A long, long text"\n' * 500,
+                     "bard": poem(400, seed=5).encode()}
+    monkeypatch.setattr(data, "FINEWEB", server.url + "edu_{}_{:06d}")
+    monkeypatch.setattr(data, "SHARD", 20_000)
+    monkeypatch.setattr(data, "TEXTS", {"wikipedia": (server.url + "wiki", "wiki.test.raw"), "novel": (server.url + "novel", ""),
+                                        "news": (server.url + "news", ""), "shakespeare": (server.url + "bard", "")})
+    plain = data.make_encoding({bytes([b]): b for b in range(256)}, data.GPT2_PATTERN)
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: plain)
+    return server
+
+
+def test_fineweb_shards_become_a_corpus(library, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "fw"
+    code, _, err = run_script(data.main, ["--corpus", "fineweb-edu", "--tokens", "40000", "--out", out], monkeypatch, capsys)
+    assert code == 0, err
+    meta = data.load_meta(str(out))
+    assert meta["sets"]["train"]["tokens"] == 50_000 and meta["sets"]["train"]["documents"] == 100 and meta["vocab_size"] == 50_304
+    assert set(meta["sets"]) == {"train", "val", "ood_wikipedia", "ood_novel", "ood_news", "ood_code"}
+    assert not (tmp_path.parent / "evil").exists() and not list(tmp_path.rglob("*.part"))
+    assert "A title\nA long, long text" in "".join(documents_of(str(out), "ood_news"))
+    streams = [np.frombuffer(library.files[f"edu_train_00000{k}"], "<u2", offset=1024) for k in (1, 2)]
+    b = data.Batches(str(out / "train.bin"), 10, 64, seed=1)
+    windows = [tuple(s[i * 64:i * 64 + 65]) for s in streams for i in range((len(s) - 1) // 64)]
+    seen = [tuple(row) for step in range(b.n // 10 + 1) for row in torch.cat([b[step][0], b[step][1][:, -1:]], 1).tolist()]
+    assert b.n == len(windows) and sorted(seen[:b.n]) == sorted(windows)       # the shards as one stream, each window once
+    assert [tuple(w) for w in data.load_tokens(str(out / "val.bin"))[None, :100]] == [tuple(np.frombuffer(library.files["edu_val_000000"], "<u2", offset=1024)[:100])]
+    requests = len(library.log)
+    run_script(data.main, ["--corpus", "fineweb-edu", "--tokens", "40000", "--out", out], monkeypatch, capsys)
+    assert len(library.log) == requests                       # finished: nothing is asked for again
+    code, _, err = run_script(data.main, ["--corpus", "fineweb-edu", "--tokens", "20000", "--out", out], monkeypatch, capsys)
+    assert code == 2 and "another corpus" in err[0]
+    kept = distill.train(distill.Config(data=str(out), out=str(tmp_path / "run"), size="xs", tokens=1024, batch_size=4, block_size=64, compile=False))
+    assert "ood/wikipedia" in evaluation.evaluate(model.load_checkpoint(kept[0]["path"])[0], str(out), 4, 4)
+    with open(out / "edu_fineweb_train_000002.bin", "r+b") as f:
+        f.seek(5000)
+        f.write(b"\xff")
+    with pytest.raises(data.DataError, match="damaged"):
+        data.Batches(str(out / "train.bin"), 10, 64, seed=1)
+
+
+@pytest.mark.parametrize("bad", [shard([1] * 9000, magic=7), shard([1] * 9000, version=2), shard([1] * 9000, count=9001), shard([1] * 9000)[:-2], b"", b"x" * 1024])
+def test_a_bad_shard_is_told(bad, library, tmp_path, monkeypatch, capsys):
+    library.files["edu_train_000001"] = bad
+    code, _, err = run_script(data.main, ["--corpus", "fineweb-edu", "--out", tmp_path / "fw"], monkeypatch, capsys)
+    assert code == 2 and "is no shard of tokens" in err[-1] and not (tmp_path / "fw" / "meta.json").exists()
+
+
+def test_a_downloaded_text_becomes_a_corpus(library, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "bard"
+    code, text, err = run_script(data.main, ["--corpus", "shakespeare", "--out", out], monkeypatch, capsys)
+    assert code == 0 and "ood_wikipedia" in text, err
+    assert "".join(sorted(documents_of(str(out), "train") + documents_of(str(out), "val"))).count("rose") == poem(400, seed=5).count("rose")
+    code, _, err = run_script(data.main, ["--corpus", "shakespeare", "--out", tmp_path / "part", "--tokens", "20000"], monkeypatch, capsys)
+    assert code == 0 and 50_000 < sum(data.load_meta(str(tmp_path / "part"))["sets"][s]["bytes"] for s in ("train", "val")) <= 100_002
+    del library.files["wiki"]
+    code, _, err = run_script(data.main, ["--corpus", "shakespeare", "--out", tmp_path / "no"], monkeypatch, capsys)
+    assert code == 2 and "HTTP 404" in err[-1] and not (tmp_path / "no" / "meta.json").exists()
+    library.files["wiki"] = b"no zip"
+    code, _, err = run_script(data.main, ["--corpus", "shakespeare", "--out", tmp_path / "no"], monkeypatch, capsys)
+    assert code == 2 and "is no zip" in err[-1]
+
+
+def test_without_gpt2s_vocabulary_one_line_says_what_to_do(tmp_path, monkeypatch, capsys):
+    def fails(name):
+        raise ConnectionError("no network")
+    monkeypatch.setattr(data.tiktoken, "get_encoding", fails)
+    code, _, err = run_script(data.main, ["--corpus", "shakespeare", "--out", tmp_path / "x"], monkeypatch, capsys)
+    assert code == 2 and len(err) == 1 and "TIKTOKEN_CACHE_DIR" in err[0] and not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------
 # nothing lost: runs that die, numbers that go wrong
 
 def victim(config, file_size=None):
@@ -1187,13 +1383,42 @@ def test_checkpoints_made_with_ill_intent(tmp_path):
         model.write_atomically(path, bad)
         with pytest.raises(model.CheckpointError):
             model.load_checkpoint(path)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as z:                # unpacks to a thousand times its size
-        z.writestr("x/data.pkl", bytes(10**8))
-    Path(path).write_bytes(seal(buffer.getvalue()[:-2]))
-    with pytest.raises(model.CheckpointError):
-        model.load_checkpoint(path)
+    for compression, again in ((zipfile.ZIP_DEFLATED, 0), (zipfile.ZIP_STORED, 50)):      # unpacks to more than itself
+        model.save_checkpoint(path, m)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(path) as z, zipfile.ZipFile(buffer, "w", compression) as bomb:
+            for name in z.namelist():
+                bomb.writestr(name, z.read(name))
+            largest = max(bomb.filelist, key=lambda info: info.file_size)
+            for n in range(again):                            # many names for one and the same bytes
+                bomb.filelist.append(copy.copy(largest))
+                bomb.filelist[-1].filename = f"{largest.filename}0{n}"
+        assert torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)["format"] == "nanodistill"
+        Path(path).write_bytes(seal(buffer.getvalue()[:-2]))
+        with pytest.raises(model.CheckpointError):
+            model.load_checkpoint(path)
     assert not (tmp_path / "called").exists()
+
+
+def test_vocabularies_and_results_that_do_not_fit(corpus, tmp_path):
+    folder, meta = tmp_path / "data", data.load_meta(corpus)
+    shutil.copytree(corpus, folder)
+    good = json.loads((folder / "tokenizer.json").read_text())
+    for bad in ({**good, "pattern": "(a+)+$"}, {**good, "tokens": good["tokens"][:-1]}, {**good, "tokens": good["tokens"][1:] + ["QUFBQQ=="]},
+                {**good, "tokens": good["tokens"][:-1] + good["tokens"][:1]}):
+        (folder / "tokenizer.json").write_text(json.dumps(bad))
+        write_meta(folder, {**meta, "tokenizer": data.sha(json.dumps(bad))})
+        with pytest.raises(data.DataError, match="damaged"):
+            data.load_tokenizer(str(folder))
+    row = {"metrics": {"in_domain": {"select": 1.0, "report": 2.0}}, "seconds": 1.0}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(row) + "\n\n" + json.dumps(row) + "\n")
+    assert sweep.read_rows(path) == [row, row]
+    for bad in ({**row, "seconds": math.nan}, {**row, "seconds": True}, {"metrics": {"in_domain": {"select": 1.0, "report": math.inf}}, "seconds": 1.0},
+                {"metrics": {"ood/x": {"select": 1.0, "report": 2.0}}, "seconds": 1.0}, {"metrics": {"in_domain": {"select": 1.0}}, "seconds": 1.0}, []):
+        path.write_text(json.dumps(row) + "\n" + json.dumps(bad) + "\n")
+        with pytest.raises(data.DataError, match="result 2"):
+            sweep.read_rows(path)
 
 
 # ------------------------------------------------------------------------------
