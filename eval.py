@@ -5,6 +5,8 @@ How good is a model: loss in domain and out of distribution, downstream tasks, c
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt   # which tokens gain
     python eval.py --write_tasks tasks                                             # the items as JSON lines
     python eval.py out/alone/ckpt.pt --tasks tasks/recall.jsonl                    # score these, or your own
+    python eval.py out/124M/ckpt.pt --data data/fineweb-edu --tasks hellaswag arc_easy piqa lambada
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "            # what they write
 
 Reads checkpoints of distill.py and the corpus folder of data.py. Models of one block_size see the same windows
 of each set, and all the same task items. Both are cut in two halves, the first and the second half of the
@@ -13,7 +15,7 @@ held-out documents: choose on `select`, quote from `report`.
 The tasks are made from held-out documents. Of next_line (four choices, after HellaSwag, arXiv 1905.07830) the
 accuracy normalised by length is quoted, of minimal_pair (two, after BLiMP, 1912.00582) the plain one, of
 recall (after LAMBADA, 1606.06031) the exact match of greedy decoding; scored as in EleutherAI's
-lm-evaluation-harness.
+lm-evaluation-harness, from whose prompts those of the four downloaded tasks come.
 """
 import ast
 import builtins
@@ -25,13 +27,15 @@ import os
 import random
 import re
 import warnings
+import zipfile
 from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import END_OF_TEXT, DataError, Parser, load_meta, load_tokenizer, load_tokens, read_lines, run, write
+from data import (END_OF_TEXT, DataError, Parser, download, load_meta, load_tokenizer, load_tokens, read_lines,
+                  run, write)
 from model import CheckpointError, load_checkpoint
 
 
@@ -236,20 +240,80 @@ def load_tasks(data_dir):
     return {task: items for task, items in tasks.items() if len(items) >= 100}
 
 
-def read_items(path):
-    """Items from a file of JSON lines. Raises OSError or DataError."""
-    items = read_lines(path)
-    for number, item in enumerate(items, 1):
+PUBLIC = {                               # name -> address, and the file inside or the labels beside
+    "hellaswag": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
+    "arc_easy": ("https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip", "ARC-Easy-Test.jsonl"),
+    "piqa": ("https://yonatanbisk.com/piqa/data/valid.jsonl", "https://yonatanbisk.com/piqa/data/valid-labels.lst"),
+    "lambada": ("https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl", ""),
+}
+
+
+def fetch_task(name, folder):
+    """The file of a public task, downloaded if it is not there -> its path. Raises DataError."""
+    (url, more), path = PUBLIC[name], os.path.join(folder, f"{name}.jsonl")
+    if os.path.exists(path):
+        return path
+    os.makedirs(folder, exist_ok=True)
+    raw = os.path.join(folder, f"{name}.raw")
+    download(url, raw)
+    with open(raw, "rb") as f:
+        found = f.read()
+    if more.startswith("http"):                              # the labels are a file of their own
+        download(more, f"{raw}.labels")
+        items, labels = read_lines(raw), read_lines(f"{raw}.labels")
+        found = "".join(json.dumps({**item, "label": k}) + "\n" for item, k in zip(items, labels)).encode()
+        if len(items) != len(labels):
+            raise DataError(f"{raw} has {len(items)} items and {len(labels)} labels: delete both and start again")
+    elif more:
         try:
-            texts = [item["context"], *item["choices"]]
-            if not all(isinstance(text, str) for text in texts):
+            with zipfile.ZipFile(raw) as z, z.open(next(n for n in z.namelist() if n.endswith(more))) as f:
+                found = f.read(2**27)
+        except (zipfile.BadZipFile, StopIteration):
+            raise DataError(f"{raw} is no zip that holds {more}: delete it and start again") from None
+    write(folder, f"{name}.jsonl", found)
+    return path
+
+
+def item_of(line):
+    """
+    A line of HellaSwag, ARC, PIQA or LAMBADA, known by its keys, as an item; one that is an item stays. Raises
+    KeyError, ValueError, TypeError or AttributeError where it is neither.
+    """
+    def clean(text):                                         # HellaSwag has marks of WikiHow's
+        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
+    if "endings" in line:
+        context = clean(f"{line['activity_label']}: {line['ctx_a']} {line['ctx_b'].capitalize()}")
+        return {"context": context, "space": " ", "choices": [clean(x) for x in line["endings"]], "label": int(line["label"])}
+    if "answerKey" in line:
+        choices = line["question"]["choices"]
+        label = [c["label"] for c in choices].index(line["answerKey"])
+        context = f"Question: {line['question']['stem']}\nAnswer:"
+        return {"context": context, "space": " ", "choices": [c["text"] for c in choices], "label": label}
+    if "goal" in line:
+        choices, context = [line["sol1"], line["sol2"]], f"Question: {line['goal']}\nAnswer:"
+        return {"context": context, "space": " ", "choices": choices, "label": int(line["label"])}
+    if "text" in line and "choices" not in line:
+        context, _, word = line["text"].rpartition(" ")
+        return {"context": context, "space": " ", "choices": [word], "label": 0}
+    return line
+
+
+def read_items(path):
+    """Items from a file of JSON lines, ours or a public task's. Raises OSError or DataError."""
+    items = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            item = item_of(line)
+            texts = [item["context"], item.get("space", ""), *item["choices"]]
+            if not (all(isinstance(text, str) for text in texts) and all(item["choices"])
+                    and type(item["label"]) is int and 0 <= item["label"] < len(item["choices"])):
                 raise ValueError
-            if not (all(item["choices"]) and type(item["label"]) is int and 0 <= item["label"] < len(texts) - 1):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise DataError(f"{path}: item {number} is none with context, choices and label") from None
+            items.append(item)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path}: item {number} is none with context, choices and label, nor a line of "
+                            "HellaSwag, ARC, PIQA or LAMBADA") from None
     if not items:
-        raise DataError(f"{path} holds no task items: JSON lines with context, choices and label")
+        raise DataError(f"{path} holds no task items")
     return items
 
 
@@ -257,7 +321,7 @@ def read_items(path):
 def score_items(model, encoding, items, batch_size=64):
     """
     -> for each item (acc, acc_norm), 0 or 1: whether the right choice has the largest log-probability given
-    the context, in sum and per byte. With one choice both say whether greedy decoding gives it.
+    the context, in sum and per character. With one choice both say whether greedy decoding gives it.
 
     The continuation's tokens are those of context + choice after the context's, as in lm-evaluation-harness;
     what does not fit the model's context is cut off on the left.
@@ -265,7 +329,7 @@ def score_items(model, encoding, items, batch_size=64):
     device, T, requests = next(model.parameters()).device, model.config.block_size, []
     for n, item in enumerate(items):
         context = item["context"].rstrip()                   # white space at its end belongs to the choice
-        space = item["context"][len(context):]
+        space = item["context"][len(context):] + item.get("space", "")
         start = len(encoding.encode_ordinary(context))
         for c, choice in enumerate(item["choices"]):
             ids = encoding.encode_ordinary(context + space + choice)
@@ -291,8 +355,8 @@ def score_items(model, encoding, items, batch_size=64):
             exact[n] = exact[n] or (len(items[n]["choices"]) == 1 and torch.equal(g[span], row[1:][span]))
     results = []
     for item, sums, greedy in zip(items, total, exact):
-        per_byte = [x / len(choice.encode()) for x, choice in zip(sums, item["choices"])]
-        right = tuple(int(s.index(max(s)) == item["label"]) for s in (sums, per_byte))
+        per_character = [x / len(choice) for x, choice in zip(sums, item["choices"])]
+        right = tuple(int(s.index(max(s)) == item["label"]) for s in (sums, per_character))
         results.append(right if len(sums) > 1 else (int(greedy), int(greedy)))
     return results
 
@@ -378,6 +442,15 @@ def open_model(path, data_dir, device):
     return model, about
 
 
+def sample(model, encoding, prompt, tokens=100, seed=1):
+    """What a model writes after a prompt, at temperature 0.8 among the 50 likeliest tokens: text."""
+    torch.manual_seed(seed)
+    ids = encoding.encode_ordinary(prompt) or [encoding.eot_token]
+    idx = torch.tensor([ids], device=next(model.parameters()).device)
+    out = [i for i in model.generate(idx, tokens, 0.8, 50)[0, len(ids):].tolist() if i < encoding.n_vocab]
+    return prompt + encoding.decode(out[:out.index(encoding.eot_token)] if encoding.eot_token in out else out)
+
+
 def describe(path, data_dir, windows, items, device):
     """Evaluate one checkpoint -> what --json prints of it: both halves, and figures of the report half."""
     model, about = open_model(path, data_dir, device)
@@ -452,7 +525,10 @@ def main():
                         help="windows evaluated in each half of a set, at most (default: 256)")
     parser.add_argument("--items", type=int, default=1000, metavar="N",
                         help="items evaluated in each half of a task, at most (default: 1000)")
-    parser.add_argument("--tasks", nargs="+", metavar="FILE", help="score these JSON lines of items instead")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="score these instead: "
+                        f"{', '.join(PUBLIC)}, downloaded to DATA/tasks if needed, or files of JSON lines in "
+                        "one of their formats or with context, choices and label")
+    parser.add_argument("--sample", metavar="TEXT", help="print what each checkpoint writes after this")
     parser.add_argument("--write_tasks", metavar="DIR", help="write the corpus's items as DIR/TASK.jsonl")
     parser.add_argument("--device", choices=("cpu", "cuda"),
                         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -463,8 +539,8 @@ def main():
         parser.error("--windows and --items must be at least 1")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is none here")
-    if bool(args.teacher) + bool(args.tasks) + bool(args.write_tasks) > 1:
-        parser.error("--teacher, --tasks and --write_tasks exclude each other")
+    if bool(args.teacher) + bool(args.tasks) + bool(args.write_tasks) + (args.sample is not None) > 1:
+        parser.error("--teacher, --tasks, --write_tasks and --sample exclude each other")
     if args.teacher and len(args.checkpoints) != 2:
         parser.error("--teacher needs two checkpoints, a baseline and a student")
     if not args.checkpoints and not args.write_tasks:
@@ -479,9 +555,17 @@ def main():
             write(args.write_tasks, f"{task}.jsonl", lines.encode())
             print(f"{args.write_tasks}/{task}.jsonl: {len(items)} items")
         return
-    if args.tasks:
-        files = {path: read_items(path) for path in args.tasks}
-        found = []
+    found = []
+    if args.sample is not None:
+        for path in args.checkpoints:
+            text = sample(open_model(path, args.data, args.device)[0], load_tokenizer(args.data), args.sample)
+            found.append({"path": path, "text": text})
+            if not args.json:
+                print(f"--- {path}\n{text}")
+    elif args.tasks:
+        load_meta(args.data)
+        files = {task: read_items(fetch_task(task, os.path.join(args.data, "tasks")) if task in PUBLIC else task)
+                 for task in args.tasks}
         for checkpoint in args.checkpoints:
             model, _ = open_model(checkpoint, args.data, args.device)
             for path, items in files.items():

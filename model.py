@@ -6,12 +6,16 @@ The architecture is that of "Strong Teacher Not Needed? On Distillation in LLM P
 grouped-query attention, SwiGLU, no biases, and an output head that is tied to the embedding or not. Teacher
 and student are the same class in two sizes.
 
-    python model.py                 # every size with its parameters and FLOPs per token
+    python model.py                                          # every size with its parameters and FLOPs per token
+    python model.py --to_hf out/alone/ckpt.pt out/alone_hf   # for transformers and what reads its folders
 
 Reads and writes nothing but the checkpoints it is asked for. Sources: RMSNorm arXiv 1910.07467, RoPE
 2104.09864, SwiGLU 2002.05202, grouped-query attention 2305.13245, Llama 3 2407.21783.
 """
+import argparse
+import base64
 import hashlib
+import json
 import math
 import os
 import pickletools
@@ -311,10 +315,109 @@ def load_checkpoint(path, device="cpu"):
     return model.eval(), saved
 
 
-if __name__ == "__main__":
+# ------------------------------------------------------------------------------
+# out: the folder that transformers, lm-evaluation-harness, vLLM and llama.cpp's converter read
+
+def merges_of(tokens):
+    """
+    Byte-pair ranks as the list of merges that other programs want: for each token but the bytes, the two parts
+    it is made from, found by merging its bytes in the order of the ranks until two are left.
+    """
+    rank, merges = {token: i for i, token in enumerate(tokens)}, []
+    for token in tokens:
+        parts = [token[i:i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            k = min(range(len(parts) - 1), key=lambda i: rank.get(parts[i] + parts[i + 1], math.inf))
+            parts[k:k + 2] = [parts[k] + parts[k + 1]]
+        merges += [parts] * (len(parts) == 2)
+    return merges
+
+
+def to_hf(path, folder, data_dir):
+    """
+    Write the checkpoint at path into a new folder as a Llama: config.json, model.safetensors, tokenizer.json
+    and tokenizer_config.json, the tokenizer being that of the corpus in data_dir. Raises CheckpointError;
+    OSError, also where the folder exists.
+    """
+    model, about = load_checkpoint(path)
+    try:
+        with open(os.path.join(data_dir, "tokenizer.json"), encoding="utf-8") as f:
+            saved = f.read()
+        tokens = [base64.b64decode(token) for token in json.loads(saved)["tokens"]]
+        if hashlib.sha256(saved.encode()).hexdigest()[:16] != about.get("tokenizer"):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{data_dir} does not have the tokenizer of {path}: give its corpus with --data") from None
+    c, eot = model.config, len(tokens)
+    rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
+              "hidden_size": c.n_embd, "intermediate_size": c.n_inner, "num_hidden_layers": c.n_layer,
+              "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.n_embd // c.n_head,
+              "max_position_embeddings": c.block_size, "rms_norm_eps": 1e-5, "rope_theta": c.rope_theta,
+              "rope_parameters": rope, "tie_word_embeddings": c.tie_embeddings, "hidden_act": "silu",
+              "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32", "bos_token_id": eot,
+              "eos_token_id": eot}
+
+    # GPT-2's way to write bytes as characters: printable ones as they are, the others from 256 on
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    character = {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+    def spelled(token):
+        return "".join(character[b] for b in token)
+    end = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "normalized": False,
+           "single_word": False, "special": True}
+    split = {"type": "Split", "pattern": {"Regex": json.loads(saved)["pattern"]}, "behavior": "Isolated", "invert": False}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+           "vocab": {spelled(token): i for i, token in enumerate(tokens)},
+           "merges": [[spelled(part) for part in pair] for pair in merges_of(tokens)]}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": eot, **end}],
+                 "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, by_bytes]},
+                 "post_processor": None, "decoder": by_bytes, "model": bpe}
+    about_it = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end["content"],
+                "eos_token": end["content"], "model_max_length": c.block_size,
+                "clean_up_tokenization_spaces": False}
+
+    # safetensors: the length of a header in JSON, the header, the tensors' bytes; a tied head is left out
+    weights = {name if name.startswith("lm_head") else f"model.{name}": w.contiguous()
+               for name, w in model.state_dict().items() if not (c.tie_embeddings and name.startswith("lm_head"))}
+    header, end_of = {"__metadata__": {"format": "pt"}}, 0
+    for name, w in weights.items():
+        header[name] = {"dtype": "F32", "shape": list(w.shape), "data_offsets": [end_of, end_of + 4 * w.numel()]}
+        end_of += 4 * w.numel()
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    os.makedirs(folder)
+    for name, value in (("config", config), ("tokenizer", tokenizer), ("tokenizer_config", about_it)):
+        with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1, ensure_ascii=False)
+    with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+        f.write(len(header).to_bytes(8, "little") + header)
+        for w in weights.values():
+            f.write(w.numpy().tobytes())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to_hf", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint into a new folder "
+                        "that transformers' AutoModelForCausalLM and AutoTokenizer load")
+    parser.add_argument("--data", default="data/python", metavar="FOLDER",
+                        help="corpus folder whose tokenizer the checkpoint has (default: data/python)")
+    args = parser.parse_args()
+    if args.to_hf:
+        try:
+            to_hf(*args.to_hf, args.data)
+        except (CheckpointError, OSError) as e:
+            parser.exit(2, f"error: {e}\n")
+        return print(f"{args.to_hf[1]}: config.json, model.safetensors, tokenizer.json, tokenizer_config.json")
     print("size   layers   heads  width      parameters  forward FLOPs/token")
     for name, shape in SIZES.items():
         vocab_size, block_size = {"M": (50_304, 1024), "B": (128_256, 8192)}.get(name[-1], (512, 128))
         c = GPTConfig(vocab_size, block_size, **shape)
         print(f"{name:6} {c.n_layer:6} {c.n_head:4}/{c.n_kv_head:<2} {c.n_embd:6} {count_parameters(c):15,}"
               f" {flops_per_token(c):20,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -30,10 +30,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm import tqdm
 
-from data import DataError, Parser, load_meta, load_tokens, lock, prepare, read_lines, run, write
+from data import DataError, Parser, load_meta, load_tokenizer, load_tokens, lock, prepare, read_lines, run, write
 from distill import (Config, ConfigError, check_room, checkpoint_path, disk_needed, distill_loss, memory_needed,
                      pick_device, several, short, switch, train)
-from eval import evaluate, evaluation_sets, read_windows, token_gains
+from eval import evaluate, evaluation_sets, read_windows, sample, token_gains
 from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
 
 K, M, B = 2**10, 2**20, 2**30
@@ -63,9 +63,9 @@ SCALES = {
     "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M, "xs": 3 * M},
                   (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3),
                   reduced={"xs": ((1 * M, 8 * M), (0.25, 0.5, 1.0))}),
-    "gpu": Scale({size: (B // 2, 1 * B, 2 * B) for size in ("30M", "60M", "124M", "350M")}, {"124M": 1 * B},
-                 seeds=(1, 2, 3), vocab_size=50_304, corpus="fineweb-edu",
-                 training=dict(batch_size=32, accumulate=4, block_size=1024, lr=1e-3)),
+    "gpu": Scale({"30M": (128 * M, 512 * M), "124M": (512 * M,), "350M": (512 * M,)}, {"124M": 256 * M},
+                 (0.25, 0.5, 1.0), vocab_size=50_304, corpus="fineweb-edu",
+                 training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3)),
     "paper": Scale({size: tuple(n * 10**9 for n in (10, 30, 50, 80, 100, 300))
                     for size in ("0.7B", "1.7B", "3.8B", "8B")},
                    {"1.7B": 50 * 10**9}, (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256,
@@ -135,6 +135,11 @@ def rows_of(task, scale, corpus):
 def shape_of(size, scale):
     """The GPTConfig of a size at this scale's vocabulary and context."""
     return GPTConfig(scale.vocab_size, scale.training["block_size"], **SIZES[size])
+
+
+def small(scale):
+    """Whether CPU cores can run it."""
+    return all(SIZES[size]["n_embd"] < 256 for size in {**scale.teachers, **scale.students})
 
 
 def cost_of(task, scale):
@@ -275,7 +280,7 @@ def run_tasks(todo, scale, configs, corpus, jobs, save):
 def dry_run(scale_name, scale, jobs):
     """Print every run with its FLOPs and how long it may take."""
     sizes = {**scale.teachers, **scale.students}
-    here = all(SIZES[size]["n_embd"] < 256 for size in sizes)
+    here = small(scale)
     torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
 
     def flops_per_second(size):
@@ -297,13 +302,15 @@ def dry_run(scale_name, scale, jobs):
         shown = f"{seconds:8.0f} s" if here else f"{seconds / 3600:8,.1f} h"
         print(f"{str(task):50} {alphas:>26} {cost_of(task, scale):10.2e} {shown}")
     memory, disk = (size / 2**30 for size in room_of(tasks, scale, jobs, not here))
+    small_card = f", {sum(cost_of(t, scale) for t in tasks) / (0.4 * 165e12) / 3600:,.0f} on a 24 GB RTX 4090 (of 165)"
     print(f"\nmemory about {memory:,.1f} GiB with {jobs} jobs; disk at most {disk:,.1f} GiB (estimated)")
     flops = sum(cost_of(t, scale) for t in tasks)
     seconds = sum(cost_of(t, scale) / speed[t.size] for t in tasks)
     print(f"{scale_name}: {flops:.2e} FLOPs, " + (
         f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, by uncompiled steps timed "
         "just now\n(preparing, compiling and evaluating come on top)" if here else
-        f"{seconds / 3600:,.0f} GPU-hours on an H100 at 40 % of 989 TFLOP/s (computed)"))
+        f"{seconds / 3600:,.0f} hours on an H100 (at 40 % of 989 TFLOP/s in bf16)"
+        f"{small_card if memory < 24 else ''}; computed"))
 
 
 # ------------------------------------------------------------------------------
@@ -551,6 +558,7 @@ def tokens_report(g, data, config):
             found["no teacher, another seed"] = token_gains(base, other, teacher, data, g.scale.windows)
     except CheckpointError:
         return "", {}
+    encoding = load_tokenizer(data)
     rows = []
     for who, x in ((who, x["out"]) for who, x in found.items()):
         parts = [f"{share * gain:+.4f} ({share:.0%})" for share, gain in x["groups"].values()]
@@ -561,6 +569,14 @@ def tokens_report(g, data, config):
             "any second model look better on the hard ones: compare with another seed where there is one.", ""]
     groups = next(iter(found.values()))["out"]["groups"]
     text += table(["student", "gain", *groups, "easiest", "hardest"], rows)
+    writers = {f"the strongest teacher, {name(t)}": teacher, "the student alone": base,
+               f"the student from {name(t)}": model(t, g.best_alpha(t))}
+    ids = load_tokens(evaluation_sets(data)["in_domain"])[:2000].tolist()    # a line of a held-out document
+    prompt = next(line for line in encoding.decode(ids).split("\n") if len(line) > 20)[:20]
+    text += ["## What they write", "", "After the first 20 characters of a held-out line, one draw each, at "
+             "temperature 0.8 among the 50 likeliest tokens:", ""]
+    for who, writer in writers.items():
+        text += [f"{who}:", "", *(f"    {line}" for line in sample(writer, encoding, prompt).split("\n")), ""]
     return "\n".join(text), found
 
 
@@ -679,7 +695,7 @@ def main():
     if args.seeds:
         scale = replace(scale, seeds=args.seeds)
     on_gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
-    jobs = args.jobs if args.jobs is not None else 1 if on_gpu else torch.get_num_threads()
+    jobs = args.jobs if args.jobs is not None else 1 if on_gpu or not small(scale) else torch.get_num_threads()
     if jobs < 1 or len(set(scale.seeds)) < len(scale.seeds) or min(scale.seeds) < 0:
         parser.error("--jobs must be at least 1, and --seeds different and not negative")
     if args.dry_run:

@@ -960,7 +960,7 @@ def test_dry_run_prints_every_run_and_does_nothing(scale, tmp_path, monkeypatch,
     code, out, err = run_script(sweep.main, ["--scale", scale, "--dry_run"], monkeypatch, capsys)
     assert code == 0 and not list(tmp_path.iterdir())
     assert sum(line.startswith(("teacher", "student")) for line in out.splitlines()) == len(sweep.plan(sweep.SCALES[scale]))
-    assert ("GPU-hours on an H100" in out) == (scale in ("paper", "gpu"))
+    assert ("hours on an H100" in out) == (scale in ("paper", "gpu"))
     torch.set_num_threads(2)
 
 
@@ -1113,6 +1113,77 @@ def test_without_gpt2s_vocabulary_one_line_says_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(data.tiktoken, "get_encoding", fails)
     code, _, err = run_script(data.main, ["--corpus", "shakespeare", "--out", tmp_path / "x"], monkeypatch, capsys)
     assert code == 2 and len(err) == 1 and "TIKTOKEN_CACHE_DIR" in err[0] and not (tmp_path / "x").exists()
+
+
+PUBLIC = {                              # a line of each public file, and the item it makes by lm-evaluation-harness's templates
+    "hellaswag": ({"ind": 24, "activity_label": "Roof [header] shingle removal", "ctx_a": "A man is sitting on a roof.", "ctx_b": "he",
+                   "endings": ["is using wrap [step] to wrap a pair of skis.", "is ripping level tiles off.", "is holding  a cube.", "starts [title] pulling"],
+                   "label": 3, "split": "val"},
+                  ("Roof shingle removal: A man is sitting on a roof. He", ["is using wrap to wrap a pair of skis.", "is ripping level tiles off.",
+                                                                           "is holding a cube.", "starts. pulling"], 3)),
+    "arc_easy": ({"id": "x", "question": {"stem": "What melts?", "choices": [{"text": "ice", "label": "1"}, {"text": "a stone", "label": "2"}]}, "answerKey": "1"},
+                 ("Question: What melts?\nAnswer:", ["ice", "a stone"], 0)),
+    "piqa": ({"goal": "Boil eggs", "sol1": "in water", "sol2": "in sand"}, ("Question: Boil eggs\nAnswer:", ["in water", "in sand"], 0)),
+    "lambada": ({"text": "She said that it was a rose"}, ("She said that it was a", ["rose"], 0)),
+}
+
+
+def test_public_tasks_are_fetched_and_scored(server, corpus, tmp_path, monkeypatch, capsys):
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as z:
+        z.writestr("ARC/ARC-Easy-Test.jsonl", json.dumps(PUBLIC["arc_easy"][0]) + "\n")
+    server.files |= {name: (json.dumps(line) + "\n").encode() for name, (line, _) in PUBLIC.items()}
+    server.files |= {"arc_easy": zipped.getvalue(), "labels": b"0\n"}
+    monkeypatch.setattr(evaluation, "PUBLIC", {"hellaswag": (server.url + "hellaswag", ""), "arc_easy": (server.url + "arc_easy", "ARC-Easy-Test.jsonl"),
+                                               "piqa": (server.url + "piqa", server.url + "labels"), "lambada": (server.url + "lambada", "")})
+    home = tmp_path / "data"
+    shutil.copytree(corpus, home)
+    path = distill.train(config(corpus, tmp_path / "run"))[0]["path"]
+    for _ in range(2):                                        # the second time nothing is fetched
+        code, out, err = run_script(evaluation.main, [path, "--data", home, "--tasks", *PUBLIC], monkeypatch, capsys)
+        assert code == 0 and out.count("1 items") == 4 and len(server.log) == 5, (out, err)
+    for name, (_, (context, choices, label)) in PUBLIC.items():
+        item, = evaluation.read_items(home / "tasks" / f"{name}.jsonl")
+        assert (item["context"], item["choices"], item["label"], item["space"]) == (context, choices, label, " ")
+    own = tmp_path / "own.jsonl"                              # a user's file in such a format
+    own.write_text(json.dumps({**PUBLIC["piqa"][0], "label": 1}) + "\n" + json.dumps(PUBLIC["arc_easy"][0]) + "\n")
+    assert [i["label"] for i in evaluation.read_items(own)] == [1, 0]
+    server.files["labels"] = b"0\n1\n"
+    (home / "tasks" / "piqa.jsonl").unlink()
+    code, _, err = run_script(evaluation.main, [path, "--data", home, "--tasks", "piqa"], monkeypatch, capsys)
+    assert code == 2 and "1 items and 2 labels" in err[-1] and not (home / "tasks" / "piqa.jsonl").exists()
+
+
+def test_samples_are_printed_side_by_side(corpus, tmp_path, monkeypatch, capsys):
+    paths = [distill.train(config(corpus, tmp_path / size, size=size))[0]["path"] for size in ("xs", "s")]
+    code, out, err = run_script(evaluation.main, [*paths, "--data", corpus, "--sample", "def "], monkeypatch, capsys)
+    assert code == 0 and out.count("\ndef ") == 2 and all(f"--- {path}" in out for path in paths)
+    assert out == run_script(evaluation.main, [*paths, "--data", corpus, "--sample", "def "], monkeypatch, capsys)[1]
+    code, out, err = run_script(evaluation.main, [paths[0], "--data", corpus, "--sample", "", "--json"], monkeypatch, capsys)
+    assert code == 0 and json.loads(out)[0]["text"]
+
+
+@pytest.mark.parametrize("tie", [True, False])
+def test_export_is_read_by_transformers(tie, corpus, tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    vocabulary, folder = data.load_meta(corpus), tmp_path / "hf"
+    m = tiny(2, tie, vocab_size=300)
+    model.save_checkpoint(str(tmp_path / "m.pt"), m, tokenizer=vocabulary["tokenizer"])
+    argv = ["--to_hf", tmp_path / "m.pt", folder, "--data", corpus]
+    code, out, err = run_script(model.main, argv, monkeypatch, capsys)
+    assert code == 0, err
+    theirs, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    encoding, idx = data.load_tokenizer(corpus), torch.randint(300, (2, 24))
+    with torch.no_grad():
+        assert torch.allclose(theirs(idx).logits, m(idx), atol=1e-4)
+    code_text = (HERE / "model.py").read_text().replace(data.END_OF_TEXT, "")  # there it is a token of its own
+    for text in (code_text, poem(2), "naïve 漢字\r\n\t  x  12345 don't\n\n  ", "  leading", ""):
+        assert tokenizer.encode(text) == encoding.encode_ordinary(text) and tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode(data.END_OF_TEXT) == [encoding.eot_token] == [tokenizer.eos_token_id]
+    for wrong in (argv, ["--to_hf", tmp_path / "absent.pt", tmp_path / "new", "--data", corpus],
+                  ["--to_hf", tmp_path / "m.pt", tmp_path / "new", "--data", tmp_path]):
+        code, out, err = run_script(model.main, wrong, monkeypatch, capsys)
+        assert code == 2 and len(err) == 1 and err[0].startswith("error: ") and not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------------
