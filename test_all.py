@@ -1180,6 +1180,7 @@ def test_export_is_read_by_transformers(tie, corpus, tmp_path, monkeypatch, caps
     for text in (code_text, poem(2), "naïve 漢字\r\n\t  x  12345 don't\n\n  ", "  leading", ""):
         assert tokenizer.encode(text) == encoding.encode_ordinary(text) and tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.encode(data.END_OF_TEXT) == [encoding.eot_token] == [tokenizer.eos_token_id]
+    capsys.readouterr()                                       # what transformers had to say
     for wrong in (argv, ["--to_hf", tmp_path / "absent.pt", tmp_path / "new", "--data", corpus],
                   ["--to_hf", tmp_path / "m.pt", tmp_path / "new", "--data", tmp_path]):
         code, out, err = run_script(model.main, wrong, monkeypatch, capsys)
