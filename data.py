@@ -13,9 +13,9 @@ and shakespeare are downloaded and have GPT-2's vocabulary; their out-of-distrib
 novel, news, and the standard library's code.
 
 Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16 or uint32, each document closed by
-<|endoftext|>; fineweb-edu's training shards stay as they came), tokenizer.json, and meta.json, written last: a
-folder without it is unfinished and is made again. Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. Encoding is done by
-tiktoken.
+<|endoftext|>; fineweb-edu's training shards stay as they came), tokenizer.json, and meta.json, written last:
+a folder without it is unfinished and is made again. Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on
+bytes, as in GPT-2. Encoding is done by tiktoken.
 """
 import argparse
 import ast
@@ -149,13 +149,14 @@ def text_corpus(train, ood):
 # downloads
 
 HUB = "https://huggingface.co/datasets"
+GITHUB = "https://raw.githubusercontent.com"
 FINEWEB = HUB + "/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/edu_fineweb_{}_{:06d}.bin"
 TEXTS = {                           # name -> address, and the file inside where it is a zip
     "tinystories": (f"{HUB}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-train.txt", ""),
-    "shakespeare": ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", ""),
+    "shakespeare": (f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", ""),
     "wikipedia": ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip", "wiki.test.raw"),
     "novel": ("https://www.gutenberg.org/cache/epub/2701/pg2701.txt", ""),
-    "news": ("https://raw.githubusercontent.com/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/test.csv", ""),
+    "news": (f"{GITHUB}/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/test.csv", ""),
 }
 DOWNLOADED = ("fineweb-edu", "tinystories", "shakespeare")
 SHARD = 100_000_000                 # tokens of a fineweb-edu shard
@@ -165,20 +166,22 @@ HELD_OUT = 4_000_000                # tokens kept of its validation shard
 def download(url, path, tries=8, pause=1.0):
     """
     Fetch url to path, which comes into being whole, at the length the server tells, or not at all. Goes on
-    where a connection broke; after errors that pass (cut or silent connections, HTTP 429 and 5xx) tries again,
-    each time after twice the pause, in seconds. Raises DataError.
+    where a connection broke; after errors that pass (cut or silent connections, HTTP 429 and 5xx) tries
+    again, each time after twice the pause, in seconds. Raises DataError.
     """
     part = f"{path}.part"
     for attempt in range(tries):
         have = os.path.getsize(part) if os.path.exists(part) else 0
-        request = urllib.request.Request(url, headers={"User-Agent": "nanodistill", "Range": f"bytes={have}-"})
+        headers = {"User-Agent": "nanodistill", "Range": f"bytes={have}-"}
+        request = urllib.request.Request(url, headers=headers)
         wait = min(60.0, pause * 2**attempt)
         try:
             with urllib.request.urlopen(request, timeout=60) as reply:
                 have = have if reply.status == 206 else 0        # the server may start anew
                 total = have + int(reply.headers["Content-Length"] or 0)
                 with (open(part, "ab" if have else "wb") as f,
-                      tqdm(desc=os.path.basename(path), total=total, initial=have, unit="B", unit_scale=True, disable=None) as bar):
+                      tqdm(desc=os.path.basename(path), total=total, initial=have, unit="B", unit_scale=True,
+                           disable=None) as bar):
                     while chunk := reply.read(2**20):
                         f.write(chunk)
                         bar.update(len(chunk))
@@ -205,7 +208,8 @@ def shard_tokens(path):
     """The ids of a fineweb-edu shard as a memory map, its header and length checked. Raises DataError."""
     size = os.path.getsize(path)
     header = np.fromfile(path, "<i4", 256)
-    if size < 1024 or (header[0], header[1]) != (20240520, 1) or size != 1024 + 2 * int(header[2]) or header[2] < 1:
+    if (size < 1024 or (header[0], header[1]) != (20240520, 1)
+            or size != 1024 + 2 * int(header[2]) or header[2] < 1):
         raise DataError(f"{path} is no shard of tokens, or cut short: delete it and start again")
     return np.memmap(path, "<u2", "r", offset=1024)
 
@@ -221,21 +225,32 @@ def fineweb_shards(out_dir, tokens):
     return names, shard_tokens(os.path.join(out_dir, "edu_fineweb_val_000000.bin"))[:HELD_OUT]
 
 
+def read_member(path, member, most):
+    """
+    Read the file inside the zip at path whose name ends so -> bytes, at most so many. It is never unpacked to
+    disk, so its names lead nowhere. Raises DataError.
+    """
+    try:
+        with zipfile.ZipFile(path) as z, z.open(next(n for n in z.namelist() if n.endswith(member))) as f:
+            return f.read(most)
+    except (zipfile.BadZipFile, StopIteration):
+        raise DataError(f"{path} is no zip that holds {member}: delete it and start again") from None
+
+
 def fetched_text(name, folder, most=None):
-    """The text of one of TEXTS, at most so many bytes, downloaded to folder if it is not there. Raises DataError."""
+    """
+    The text of one of TEXTS, downloaded to folder if it is not there; of a plain file at most so many bytes.
+    Raises DataError.
+    """
     url, member = TEXTS[name]
     path = os.path.join(folder, f"{name}.{'zip' if member else 'txt'}")
     if not os.path.exists(path):
         download(url, path)
-    try:
-        if not member:
-            with open(path, "rb") as f:
-                found = f.read(most)
-        else:                                                # read, never unpacked: its names lead nowhere
-            with zipfile.ZipFile(path) as z, z.open(next(n for n in z.namelist() if n.endswith(member))) as f:
-                found = f.read(2 * OOD_BYTES)
-    except (zipfile.BadZipFile, StopIteration):
-        raise DataError(f"{path} is no zip that holds {member}: delete it and start again") from None
+    if member:
+        found = read_member(path, member, 2 * OOD_BYTES)
+    else:
+        with open(path, "rb") as f:
+            found = f.read(most)
     text = found.decode("utf-8", errors="replace")
     if name == "news":                                       # class, title, text
         text = "\n\n".join("\n".join(row[1:]) for row in csv.reader(text.splitlines()))
@@ -256,8 +271,9 @@ def gpt2_ranks():
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as e:                                   # the network's errors are of many kinds
-        raise DataError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): set TIKTOKEN_CACHE_DIR to "
-                        "the folder where tiktoken.get_encoding('gpt2') has stored it on another machine") from None
+        raise DataError(f"GPT-2's vocabulary cannot be downloaded ({type(e).__name__}): set "
+                        "TIKTOKEN_CACHE_DIR to the folder where tiktoken.get_encoding('gpt2') has stored it "
+                        "on another machine") from None
     return {token: encoding.encode_single_token(token) for token in encoding.token_byte_values()}
 
 
@@ -418,7 +434,8 @@ def load_meta(data_dir):
                and all(type(s[key]) is kind for s in meta["sets"].values() for key, kind in SET.items())
                and all(regex.fullmatch(r"train|val|ood_\w+", name) for name in meta["sets"])
                and all(type(shard[key]) is kind and regex.fullmatch(r"\w+\.bin", shard["name"])
-                       for s in meta["sets"].values() for shard in s.get("shards", ()) for key, kind in SHARDS.items()))
+                       for s in meta["sets"].values() for shard in s.get("shards", ())
+                       for key, kind in SHARDS.items()))
         if (not fit or meta["checksum"] != checksum(meta) or meta["dtype"] not in ("uint16", "uint32")
                 or not 257 <= meta["ids"] <= meta["vocab_size"] <= 2**20):
             raise ValueError
@@ -462,7 +479,8 @@ def load_shards(path):
         raise DataError(f"{path} is not a set of this corpus, which has {', '.join(meta['sets'])}")
     s = meta["sets"][name]
     if "shards" in s:
-        return [checked(os.path.join(folder, x["name"]), x["tokens"], x["sha256"], meta, 1024) for x in s["shards"]]
+        return [checked(os.path.join(folder, x["name"]), x["tokens"], x["sha256"], meta, 1024)
+                for x in s["shards"]]
     return [checked(path, s["tokens"], s["sha256"], meta)]
 
 
@@ -477,9 +495,9 @@ def load_tokens(path):
 class Batches:
     """
     Batches(path, batch_size, block_size, seed)[step] -> x, y, int64 of shape (batch_size, block_size); y is x
-    moved on by one token. A pure function of (seed, step), so resuming is indexing. Every file of the set is cut
-    into windows of block_size; every window comes once an epoch, in an order drawn from (seed, epoch). Holds 4
-    bytes a window. Raises DataError.
+    moved on by one token. A pure function of (seed, step), so resuming is indexing. Every file of the set is
+    cut into windows of block_size; every window comes once an epoch, in an order drawn from (seed, epoch).
+    Holds 4 bytes a window. Raises DataError.
     """
     def __init__(self, path, batch_size, block_size, seed):
         self.shards = load_shards(path)
@@ -522,7 +540,8 @@ def made(out_dir, source):
 def numbers_of(shards, encoding):
     """What meta.json tells of a set, but for the sha256: counted from its ids."""
     lengths = np.zeros(2**20, dtype=np.int64)
-    lengths[:encoding.eot_token] = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)]
+    lengths[:encoding.eot_token] = [len(encoding.decode_single_token_bytes(i))
+                                    for i in range(encoding.eot_token)]
     tokens = documents = size = 0
     for ids in shards:
         for i in range(0, len(ids), 2**22):
@@ -530,7 +549,8 @@ def numbers_of(shards, encoding):
             documents += int(counts[encoding.eot_token])
             size += int(counts @ lengths[:len(counts)])
         tokens += len(ids)
-    return {"documents": documents, "tokens": tokens, "bytes": size, "bytes_per_token": round(size / tokens, 4)}
+    return {"documents": documents, "tokens": tokens, "bytes": size,
+            "bytes_per_token": round(size / tokens, 4)}
 
 
 def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None):
@@ -538,8 +558,8 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     Make out_dir from a corpus and return its meta: "python"; "text", from the files train and ood = {name:
     files}; or one of DOWNLOADED, with about so many training tokens (none: all, of fineweb-edu one shard).
     vocab_size counts the bytes, the merges and end-of-text; what is downloaded has GPT-2's vocabulary. A
-    finished out_dir made by the same call is left as it is; one made by another is an error. Raises DataError,
-    for your own text before anything is written.
+    finished out_dir made by the same call is left as it is; one made by another is an error. Raises
+    DataError, for your own text before anything is written.
     """
     if vocab_size < 257:
         raise DataError(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {vocab_size}")
@@ -593,13 +613,15 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     size = vocab_size if corpus in DOWNLOADED else encoding.n_vocab
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "tiktoken", "sympy", "networkx")}
     meta = {"corpus": corpus, "source": source, "fingerprint": None, "tokenizer": sha(tokenizer),
-            "asked_vocab_size": vocab_size, "ids": encoding.n_vocab, "vocab_size": size, "dtype": "uint16" if size <= 65536 else "uint32",
-            "sets": {}, "versions": {"python": sys.version.split()[0], **versions}}
+            "asked_vocab_size": vocab_size, "ids": encoding.n_vocab, "vocab_size": size,
+            "dtype": "uint16" if size <= 65536 else "uint32", "sets": {},
+            "versions": {"python": sys.version.split()[0], **versions}}
     if shards:
         paths = [os.path.join(out_dir, name) for name in shards]
         meta["sets"]["train"] = {**numbers_of(map(shard_tokens, paths), encoding), "sha256": "", "shards": [
             {"name": name, "tokens": len(shard_tokens(path)),
-             "sha256": contents(path, "uint16", os.stat(path).st_mtime_ns)[0]} for name, path in zip(shards, paths)]}
+             "sha256": contents(path, "uint16", os.stat(path).st_mtime_ns)[0]}
+            for name, path in zip(shards, paths)]}
     characters = sum(len(text) for documents in sets.values() for _, text in documents)
     bar = tqdm(total=characters, desc="encoding", unit="B", unit_scale=True, disable=None)
     for name in ["val"] * bool(shards) + list(sets):
@@ -608,9 +630,10 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         else:
             documents, ids = [text for _, text in sets[name]], []
             for i in range(0, len(documents), 64):
-                for document in encoding.encode_ordinary_batch(documents[i:i + 64], num_threads=os.cpu_count() or 1):
+                part = documents[i:i + 64]
+                for document in encoding.encode_ordinary_batch(part, num_threads=os.cpu_count() or 1):
                     ids.append(np.array(document + [encoding.eot_token], dtype=meta["dtype"]))
-                bar.update(sum(map(len, documents[i:i + 64])))
+                bar.update(sum(map(len, part)))
             ids = np.concatenate(ids)
         write(out_dir, f"{name}.bin", ids.tobytes())
         meta["sets"][name] = {**numbers_of([ids], encoding), "sha256": sha(ids.tobytes(), 64)}
@@ -689,7 +712,7 @@ def run(main, *errors):
         main()
     except (DataError, OSError, MemoryError, RuntimeError, *errors) as e:
         if isinstance(e, RuntimeError) and "memory" not in str(e):
-            raise                                            # a fault of ours; without memory is torch's own word
+            raise                                            # a fault of ours, not torch out of memory
         print(f"error: {e or 'out of memory'}".split("\n")[0], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -698,13 +721,15 @@ def run(main, *errors):
 
 
 def main():
+    """Make the corpus that the command line asks for, and print what is in it."""
     parser = Parser(__doc__)
     parser.add_argument("--corpus", default="python", choices=("python", "text", *DOWNLOADED),
                         help="what to tokenize (default: python)")
     parser.add_argument("--vocab_size", type=int, metavar="N", help="python and text: tokens in the "
                         "vocabulary, which are 256 bytes, merges and end-of-text (default: 512)")
-    parser.add_argument("--tokens", type=count, metavar="N", help="what is downloaded: training tokens, about; "
-                        "K, M and B are 2^10, 2^20 and 2^30 (default: all; of fineweb-edu one shard, 100 million)")
+    parser.add_argument("--tokens", type=count, metavar="N", help="what is downloaded: training tokens, "
+                        "about; K, M and B are 2^10, 2^20 and 2^30 (default: all; of fineweb-edu one shard, "
+                        "100 million)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE",
                         help=f"text corpus: UTF-8 files to train on; {VAL_PERCENT} %% of it is held out")

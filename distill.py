@@ -5,7 +5,7 @@ The loss and the training loop. A teacher is a run with alpha = 0; a student is 
     python distill.py --size xs --tokens 8M --seed 1001 --out out/xs           # a (weak) teacher
     python distill.py --size s --tokens 3M --teacher out/xs/ckpt.pt --alpha 0,0.25,0.5,1 --out out/taught
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0.5 --profile  # where the time of a step goes
-    torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...  # many GPUs, a slice of each batch
+    torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...  # 8 GPUs share each batch
 
 Several alphas train that many students side by side, on the same batches and with one teacher forward a
 batch. The same command after an interruption goes on from the last state, and repeats nothing if the run is
@@ -57,6 +57,7 @@ class ConfigError(ValueError):
 # every knob; each is a --flag of the same name
 
 def knob(default, text, kind=None):
+    """A field of Config: its default, its help text, and what reads it from a word of the command line."""
     return field(default=default, metadata={"help": text, "kind": kind or type(default)})
 
 
@@ -69,6 +70,7 @@ def short(n):
 
 
 def several(kind):
+    """-> a function that reads '1,2' as a tuple, each part by `kind`. It raises ArgumentTypeError."""
     def parse(text):
         try:
             return tuple(kind(part) for part in text.split(","))
@@ -78,6 +80,7 @@ def several(kind):
 
 
 def switch(text):
+    """'true' -> True, 'false' -> False, in any case of letters. Raises ArgumentTypeError."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"
@@ -131,10 +134,12 @@ class Config:
         for name in ("min_lr", "warmup", "beta1", "beta2"):
             need(0 <= getattr(self, name) <= 1, f"--{name} must lie in [0, 1], not {getattr(self, name)}")
         for name in ("weight_decay", "save_every", "seed"):
-            need(0 <= getattr(self, name) < 2**63, f"--{name} must be from 0 to 2^63, not {getattr(self, name)}")
+            need(0 <= getattr(self, name) < 2**63,
+                 f"--{name} must be from 0 to 2^63, not {getattr(self, name)}")
         need(self.teacher or not any(self.alpha), "--alpha above 0 needs a --teacher")
         need(any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha = 0: give --alpha")
-        need(0 <= self.top_k < 2**31 and 0 < self.top_p <= 1, "--top_k must not be negative; --top_p lies in (0, 1]")
+        need(0 <= self.top_k < 2**31 and 0 < self.top_p <= 1,
+             "--top_k must not be negative; --top_p lies in (0, 1]")
         need(not self.top_k or self.top_p == 1, "--top_k and --top_p exclude each other")
         need(not self.other or self.top_k or self.top_p < 1, "--other needs --top_k or --top_p")
         need(not self.hard or not self.top_k and self.top_p == 1 and self.temperature == 1,
@@ -219,7 +224,7 @@ def learning_rate(config, step, steps):
     return config.lr * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-OVERFLOWS = 100                      # float16 steps in a row that may overflow, each lowering the loss's scale
+OVERFLOWS = 100                      # float16 steps in a row that may overflow, each lowering the loss scale
 
 
 class Student(nn.Module):
@@ -241,14 +246,15 @@ class Student(nn.Module):
                                            betas=(config.beta1, config.beta2), fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.grad_clip = config.grad_clip
-        # steps with a loss or gradient that is no finite number, in a row and in all; kept on the device, to be
-        # asked for rarely
+        # steps with a loss or gradient that is no finite number, in a row and in all; kept on the device, to
+        # be asked for rarely
         self.failed, self.skipped = (torch.zeros((), dtype=torch.long, device=device) for _ in range(2))
 
     def forward(self, x, y, target):
         """Ids and labels (B, T), and what teacher_hidden() gives -> the loss."""
         known = target if self.alpha else (None, None)
-        loss, self.ce, self.kl = self.loss_fn(self.hidden(x), self.head, y, self.alpha_t, *known, self.temperature)
+        loss, self.ce, self.kl = self.loss_fn(self.hidden(x), self.head, y, self.alpha_t, *known,
+                                              self.temperature)
         return loss
 
     def clip_and_step(self, lr):
@@ -267,8 +273,8 @@ class Student(nn.Module):
         failed = self.failed.item()
         if failed >= (OVERFLOWS if self.scaler.is_enabled() else 1):
             first = step - failed + 1
-            raise ConfigError(f"alpha {self.alpha:g}: loss or gradient is not finite since step {first} (batch "
-                              f"{first * config.accumulate} of seed {config.seed}, learning rate "
+            raise ConfigError(f"alpha {self.alpha:g}: loss or gradient is not finite since step {first} "
+                              f"(batch {first * config.accumulate} of seed {config.seed}, learning rate "
                               f"{learning_rate(config, first, steps):.3g}): lower --lr, or look at the data; "
                               "the last good state and checkpoints are kept")
 
@@ -302,7 +308,8 @@ def pick_device(config):
         return device, getattr(torch, config.dtype)
     if device.type != "cuda":
         return device, torch.float32
-    return device, torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return device, torch.bfloat16 if has_bfloat16 else torch.float16
 
 
 def checkpoint_path(config, alpha, at=None):
@@ -379,10 +386,13 @@ def read_log(path, first_step):
 
 
 def set_up(config):
-    """-> device, dtype, meta of the corpus, batches, shape of the student, teacher or None. Raises as train()."""
+    """
+    -> device, dtype, meta of the corpus, batches, shape of the student, teacher or None. Raises as train().
+    """
     meta, (device, dtype), world = load_meta(config.data), pick_device(config), ranks()[1]
     if config.batch_size % world:
-        raise ConfigError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks: choose a multiple")
+        raise ConfigError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks: "
+                          "choose a multiple")
     train_bin = os.path.join(config.data, "train.bin")
     batches = Batches(train_bin, config.batch_size, config.block_size, config.seed)
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
@@ -395,7 +405,7 @@ def memory_needed(config, shape, teacher_shape, low=False):
     gradients and AdamW's two means. One of them at a time: what a layer keeps for the backward pass, about
     12 C + 6 n_inner numbers a token. The loss: a few times CHUNK x V, and the gradient of the head.
     """
-    n, width = config.batch_size * config.block_size, 2 if low else 4
+    n, width = config.batch_size * config.block_size // ranks()[1], 2 if low else 4
     students = len(config.alpha) * 16 * count_parameters(shape)
     layers = n * shape.n_layer * (12 * shape.n_embd + 6 * shape.n_inner) * width
     loss = 4 * shape.vocab_size * (3 * min(CHUNK, n) + shape.n_embd)
@@ -415,7 +425,7 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = math.inf
-    try:                                                     # Linux; a container may have less than the machine
+    try:                                                     # Linux; a container may have less than all
         with open("/proc/meminfo") as f:
             free = next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
         with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
@@ -435,11 +445,12 @@ def free_disk(folder):
 def check_room(memory, disk, device, folder):
     """Raises ConfigError if there are fewer bytes of memory or disk than these."""
     for what, need, free, advice in (
-            ("memory", memory, free_memory(device), "fewer alphas or --jobs, a smaller --batch_size or --size"),
+            ("memory", memory, free_memory(device),
+             "fewer alphas or --jobs, a smaller --batch_size or --size"),
             ("disk", disk, free_disk(folder), f"make room in {folder}, or choose another --out")):
         if need > free:
-            raise ConfigError(f"this needs about {need / 2**30:.2f} GiB of {what}, and {free / 2**30:.2f} are free: "
-                              f"{advice}")
+            raise ConfigError(f"this needs about {need / 2**30:.2f} GiB of {what}, and {free / 2**30:.2f} "
+                              f"are free: {advice}")
 
 
 def train(config, on_tokens=None):
@@ -472,7 +483,7 @@ def train(config, on_tokens=None):
         for k in kept:
             os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
         claim = lock(config.out)                              # ours until this function returns
-    if finished(config, kept, identity):                      # another process was faster, or was killed at its end
+    if finished(config, kept, identity):                      # another process was faster, or died at its end
         if rank == 0 and os.path.exists(state_path):
             os.remove(state_path)
         return kept
@@ -521,7 +532,8 @@ def train(config, on_tokens=None):
             done, stop = step + 1, bool(stopped_by)
             logging = step % config.log_every == 0 or done == steps
             if logging:
-                seen = torch.stack([x for s in students for x in (s.ce, s.kl)] + [torch.tensor(stop, device=device)])
+                losses = [x for s in students for x in (s.ce, s.kl)]
+                seen = torch.stack(losses + [torch.tensor(stop, device=device)])
                 if world > 1:
                     dist.all_reduce(seen)
                     seen /= world
@@ -539,8 +551,8 @@ def train(config, on_tokens=None):
                                     alpha=student.alpha, teacher=config.teacher)
             if logging:
                 now, numbers = time.time(), [round(x, 5) for x in seen.tolist()]
-                line = {"step": step, "tokens": done * at_step, "lr": lr, "alpha": config.alpha, "ce": numbers[:-1:2],
-                        "kl": numbers[1::2], "seconds": round(now - logged_at, 3)}
+                line = {"step": step, "tokens": done * at_step, "lr": lr, "alpha": config.alpha,
+                        "ce": numbers[:-1:2], "kl": numbers[1::2], "seconds": round(now - logged_at, 3)}
                 if dtype == torch.float16:
                     line["skipped"] = [s.skipped.item() for s in students]
                 print(json.dumps(line), file=log, flush=True)
@@ -587,7 +599,8 @@ def compiler_works(device):
 def chunk_loss(z, t, y, alpha, temperature, top_k, top_p, other, hard):
     """
     Logits z (N, V) and t (N, V) or None, labels y (N,) -> the sums over tokens of ce and of kl. Puts into z
-    the gradient of the summed loss but for -(1 - alpha) at the label: at T = 1, softmax(z) - alpha softmax(t).
+    the gradient of the summed loss but for -(1 - alpha) at the label: at T = 1,
+    softmax(z) - alpha softmax(t).
     """
     norm = z.logsumexp(-1, keepdim=True)
     ce = (norm - z.gather(-1, y[:, None])).sum()
@@ -625,7 +638,10 @@ SHARED = 4096                        # vocabulary up to which students share the
 
 
 class FusedLoss(torch.autograd.Function):
-    """distill_loss by chunks: heads, loss and gradient in one pass, of the student's logits never over CHUNK x V."""
+    """
+    distill_loss by chunks: heads, loss and gradient in one pass, of the student's logits never over
+    CHUNK x V.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, chunk_fn,
@@ -758,8 +774,8 @@ def profile(config, blocks=15, calls=5):
         print(f"{part:16} {1000 * time_of[part]:9.3f} ms {time_of[part] / whole:6.1%}")
     print(f"{'whole step':16} {1000 * whole:9.3f} ms, {n / whole:,.0f} tokens/s")
     print(f"{'whole / floor':16} {whole / floor:9.3f}, the floor being teacher forward + plain step")
-    peak = 2 * side**3 / time_of["product"]
-    print(f"{'FLOP/s':16} {flops / whole / 1e9:9,.1f} G, {flops / whole / peak:.1%} of a matrix product's speed")
+    speed, peak = flops / whole, 2 * side**3 / time_of["product"]
+    print(f"{'FLOP/s':16} {speed / 1e9:9,.1f} G, {speed / peak:.1%} of a matrix product's speed")
     print(f"{'peak memory':16} {memory / 2**20:9,.0f} MiB, {where}")
 
 
@@ -780,6 +796,7 @@ def parse_config(argv=None):
 
 
 def main():
+    """Train what the command line asks for and print where it lies, or only print where the time goes."""
     start, (only_profile, config) = time.time(), parse_config()
     if only_profile:
         return profile(config)

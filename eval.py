@@ -8,9 +8,9 @@ How good is a model: loss in domain and out of distribution, downstream tasks, c
     python eval.py out/124M/ckpt.pt --data data/fineweb-edu --tasks hellaswag arc_easy piqa lambada
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "            # what they write
 
-Reads checkpoints of distill.py and the corpus folder of data.py. Models of one block_size see the same windows
-of each set, and all the same task items. Both are cut in two halves, the first and the second half of the
-held-out documents: choose on `select`, quote from `report`.
+Reads checkpoints of distill.py and the corpus folder of data.py. Models of one block_size see the same
+windows of each set, and all the same task items. Both are cut in two halves, the first and the second half of
+the held-out documents: choose on `select`, quote from `report`.
 
 The tasks are made from held-out documents. Of next_line (four choices, after HellaSwag, arXiv 1905.07830) the
 accuracy normalised by length is quoted, of minimal_pair (two, after BLiMP, 1912.00582) the plain one, of
@@ -27,15 +27,14 @@ import os
 import random
 import re
 import warnings
-import zipfile
 from collections import Counter
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (END_OF_TEXT, DataError, Parser, download, load_meta, load_tokenizer, load_tokens, read_lines,
-                  run, write)
+from data import (END_OF_TEXT, DataError, Parser, download, load_meta, load_tokenizer, load_tokens,
+                  read_lines, read_member, run, write)
 from model import CheckpointError, load_checkpoint
 
 
@@ -242,8 +241,10 @@ def load_tasks(data_dir):
 
 PUBLIC = {                               # name -> address, and the file inside or the labels beside
     "hellaswag": ("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl", ""),
-    "arc_easy": ("https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip", "ARC-Easy-Test.jsonl"),
-    "piqa": ("https://yonatanbisk.com/piqa/data/valid.jsonl", "https://yonatanbisk.com/piqa/data/valid-labels.lst"),
+    "arc_easy": ("https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip",
+                 "ARC-Easy-Test.jsonl"),
+    "piqa": ("https://yonatanbisk.com/piqa/data/valid.jsonl",
+             "https://yonatanbisk.com/piqa/data/valid-labels.lst"),
     "lambada": ("https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl", ""),
 }
 
@@ -263,27 +264,25 @@ def fetch_task(name, folder):
         items, labels = read_lines(raw), read_lines(f"{raw}.labels")
         found = "".join(json.dumps({**item, "label": k}) + "\n" for item, k in zip(items, labels)).encode()
         if len(items) != len(labels):
-            raise DataError(f"{raw} has {len(items)} items and {len(labels)} labels: delete both and start again")
+            raise DataError(f"{raw} has {len(items)} items and {len(labels)} labels: delete both and "
+                            "start again")
     elif more:
-        try:
-            with zipfile.ZipFile(raw) as z, z.open(next(n for n in z.namelist() if n.endswith(more))) as f:
-                found = f.read(2**27)
-        except (zipfile.BadZipFile, StopIteration):
-            raise DataError(f"{raw} is no zip that holds {more}: delete it and start again") from None
+        found = read_member(raw, more, 2**27)
     write(folder, f"{name}.jsonl", found)
     return path
 
 
 def item_of(line):
     """
-    A line of HellaSwag, ARC, PIQA or LAMBADA, known by its keys, as an item; one that is an item stays. Raises
-    KeyError, ValueError, TypeError or AttributeError where it is neither.
+    A line of HellaSwag, ARC, PIQA or LAMBADA, known by its keys, as an item; one that is an item stays.
+    Raises KeyError, ValueError, TypeError or AttributeError where it is neither.
     """
     def clean(text):                                         # HellaSwag has marks of WikiHow's
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
     if "endings" in line:
         context = clean(f"{line['activity_label']}: {line['ctx_a']} {line['ctx_b'].capitalize()}")
-        return {"context": context, "space": " ", "choices": [clean(x) for x in line["endings"]], "label": int(line["label"])}
+        choices = [clean(x) for x in line["endings"]]
+        return {"context": context, "space": " ", "choices": choices, "label": int(line["label"])}
     if "answerKey" in line:
         choices = line["question"]["choices"]
         label = [c["label"] for c in choices].index(line["answerKey"])
@@ -406,9 +405,10 @@ def bytes_per_token(data_dir, block_size, windows):
 
 def token_gains(base, student, teacher, data_dir, windows=256):
     """
-    Where does the student gain on the baseline, on the report halves? -> {"in_domain": x, "out": x}, x = {"gain": nats per token,
-    "deciles": [(mean baseline loss, gain)], of tokens sorted by the baseline's loss, "groups": {name: (share,
-    gain)}}, the groups by who predicts the token right (argmax). shares times gains add up to the whole gain.
+    Where does the student gain on the baseline, on the report halves? -> {"in_domain": x, "out": x}, x =
+    {"gain": nats per token, "deciles": [(mean baseline loss, gain)], of tokens sorted by the baseline's loss,
+    "groups": {name: (share, gain)}}, the groups by who predicts the token right (argmax). shares times gains
+    add up to the whole gain.
 
     Sorting by the baseline's own loss makes any second model, as good but different, look better on the hard
     tokens and worse on the easy ones: compare with a baseline of another seed in the student's place.
@@ -515,6 +515,7 @@ def print_token_gains(found):
 
 
 def main():
+    """Evaluate the checkpoints of the command line and print what it asks for, as tables or JSON."""
     parser = Parser(__doc__)
     parser.add_argument("checkpoints", nargs="*", metavar="CKPT", help="checkpoints of distill.py")
     parser.add_argument("--teacher", metavar="CKPT", help="with two checkpoints, a baseline and a student: "
@@ -564,7 +565,8 @@ def main():
                 print(f"--- {path}\n{text}")
     elif args.tasks:
         load_meta(args.data)
-        files = {task: read_items(fetch_task(task, os.path.join(args.data, "tasks")) if task in PUBLIC else task)
+        folder = os.path.join(args.data, "tasks")
+        files = {task: read_items(fetch_task(task, folder) if task in PUBLIC else task)
                  for task in args.tasks}
         for checkpoint in args.checkpoints:
             model, _ = open_model(checkpoint, args.data, args.device)

@@ -6,8 +6,8 @@ The architecture is that of "Strong Teacher Not Needed? On Distillation in LLM P
 grouped-query attention, SwiGLU, no biases, and an output head that is tied to the embedding or not. Teacher
 and student are the same class in two sizes.
 
-    python model.py                                          # every size with its parameters and FLOPs per token
-    python model.py --to_hf out/alone/ckpt.pt out/alone_hf   # for transformers and what reads its folders
+    python model.py                                         # every size with its parameters and FLOPs a token
+    python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and what reads its folders
 
 Reads and writes nothing but the checkpoints it is asked for. Sources: RMSNorm arXiv 1910.07467, RoPE
 2104.09864, SwiGLU 2002.05202, grouped-query attention 2305.13245, Llama 3 2407.21783.
@@ -103,6 +103,8 @@ def rotate(x, cos, sin):
 
 
 class Attention(nn.Module):
+    """Causal self-attention with grouped queries: x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.n_head, self.n_kv_head = config.n_head, config.n_kv_head
@@ -123,6 +125,8 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
+    """The feed-forward part of a layer, each position by itself: (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.n_embd, config.n_inner, bias=False)
@@ -134,6 +138,8 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer, attention and then SwiGLU, each added to x: x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
+
     def __init__(self, config):
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.n_embd, eps=1e-5)
@@ -287,7 +293,8 @@ def read_sealed(path, device="cpu"):
             with zipfile.ZipFile(f) as z:
                 entries = z.infolist()
                 pickle = next(z.read(e) for e in entries if e.filename.endswith("/data.pkl"))
-            called = {arg for op, arg, _ in pickletools.genops(pickle) if op.name in ("GLOBAL", "STACK_GLOBAL")}
+            operations = pickletools.genops(pickle)
+            called = {arg for op, arg, _ in operations if op.name in ("GLOBAL", "STACK_GLOBAL")}
             called = {name for name in called if not re.fullmatch(r"torch \w+Storage", str(name))}
             if (called - PLAIN or sum(e.file_size for e in entries) > size
                     or any(e.compress_type != zipfile.ZIP_STORED for e in entries)):
@@ -320,8 +327,8 @@ def load_checkpoint(path, device="cpu"):
 
 def merges_of(tokens):
     """
-    Byte-pair ranks as the list of merges that other programs want: for each token but the bytes, the two parts
-    it is made from, found by merging its bytes in the order of the ranks until two are left.
+    Byte-pair ranks as the list of merges that other programs want: for each token but the bytes, the two
+    parts it is made from, found by merging its bytes in the order of the ranks until two are left.
     """
     rank, merges = {token: i for i, token in enumerate(tokens)}, []
     for token in tokens:
@@ -347,13 +354,15 @@ def to_hf(path, folder, data_dir):
         if hashlib.sha256(saved.encode()).hexdigest()[:16] != about.get("tokenizer"):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{data_dir} does not have the tokenizer of {path}: give its corpus with --data") from None
+        raise CheckpointError(f"{data_dir} does not have the tokenizer of {path}: give its corpus "
+                              "with --data") from None
     c, eot = model.config, len(tokens)
     rope = {"rope_theta": c.rope_theta, "rope_type": "default"}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size,
               "hidden_size": c.n_embd, "intermediate_size": c.n_inner, "num_hidden_layers": c.n_layer,
-              "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head, "head_dim": c.n_embd // c.n_head,
-              "max_position_embeddings": c.block_size, "rms_norm_eps": 1e-5, "rope_theta": c.rope_theta,
+              "num_attention_heads": c.n_head, "num_key_value_heads": c.n_kv_head,
+              "head_dim": c.n_embd // c.n_head, "max_position_embeddings": c.block_size,
+              "rms_norm_eps": 1e-5, "rope_theta": c.rope_theta,
               "rope_parameters": rope, "tie_word_embeddings": c.tie_embeddings, "hidden_act": "silu",
               "attention_bias": False, "mlp_bias": False, "torch_dtype": "float32", "bos_token_id": eot,
               "eos_token_id": eot}
@@ -366,14 +375,16 @@ def to_hf(path, folder, data_dir):
         return "".join(character[b] for b in token)
     end = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "normalized": False,
            "single_word": False, "special": True}
-    split = {"type": "Split", "pattern": {"Regex": json.loads(saved)["pattern"]}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": json.loads(saved)["pattern"]},
+             "behavior": "Isolated", "invert": False}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
            "vocab": {spelled(token): i for i, token in enumerate(tokens)},
            "merges": [[spelled(part) for part in pair] for pair in merges_of(tokens)]}
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [{"id": eot, **end}],
-                 "normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, by_bytes]},
+                 "normalizer": None,
+                 "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, by_bytes]},
                  "post_processor": None, "decoder": by_bytes, "model": bpe}
     about_it = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": end["content"],
                 "eos_token": end["content"], "model_max_length": c.block_size,
@@ -381,10 +392,12 @@ def to_hf(path, folder, data_dir):
 
     # safetensors: the length of a header in JSON, the header, the tensors' bytes; a tied head is left out
     weights = {name if name.startswith("lm_head") else f"model.{name}": w.contiguous()
-               for name, w in model.state_dict().items() if not (c.tie_embeddings and name.startswith("lm_head"))}
+               for name, w in model.state_dict().items()
+               if not (c.tie_embeddings and name.startswith("lm_head"))}
     header, end_of = {"__metadata__": {"format": "pt"}}, 0
     for name, w in weights.items():
-        header[name] = {"dtype": "F32", "shape": list(w.shape), "data_offsets": [end_of, end_of + 4 * w.numel()]}
+        header[name] = {"dtype": "F32", "shape": list(w.shape),
+                        "data_offsets": [end_of, end_of + 4 * w.numel()]}
         end_of += 4 * w.numel()
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)
@@ -399,9 +412,11 @@ def to_hf(path, folder, data_dir):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--to_hf", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint into a new folder "
-                        "that transformers' AutoModelForCausalLM and AutoTokenizer load")
+    """Print the table of sizes, or write a checkpoint as the folder of a Llama."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--to_hf", nargs=2, metavar=("CKPT", "DIR"), help="write a checkpoint into a new "
+                        "folder that transformers' AutoModelForCausalLM and AutoTokenizer load")
     parser.add_argument("--data", default="data/python", metavar="FOLDER",
                         help="corpus folder whose tokenizer the checkpoint has (default: data/python)")
     args = parser.parse_args()
@@ -410,7 +425,8 @@ def main():
             to_hf(*args.to_hf, args.data)
         except (CheckpointError, OSError) as e:
             parser.exit(2, f"error: {e}\n")
-        return print(f"{args.to_hf[1]}: config.json, model.safetensors, tokenizer.json, tokenizer_config.json")
+        return print(f"{args.to_hf[1]}: config.json, model.safetensors, tokenizer.json, "
+                     "tokenizer_config.json")
     print("size   layers   heads  width      parameters  forward FLOPs/token")
     for name, shape in SIZES.items():
         vocab_size, block_size = {"M": (50_304, 1024), "B": (128_256, 8192)}.get(name[-1], (512, 128))

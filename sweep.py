@@ -30,9 +30,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm import tqdm
 
-from data import DataError, Parser, load_meta, load_tokenizer, load_tokens, lock, prepare, read_lines, run, write
-from distill import (Config, ConfigError, check_room, checkpoint_path, disk_needed, distill_loss, memory_needed,
-                     pick_device, several, short, switch, train)
+from data import (DataError, Parser, load_meta, load_tokenizer, load_tokens, lock, prepare, read_lines, run,
+                  write)
+from distill import (Config, ConfigError, check_room, checkpoint_path, disk_needed, distill_loss,
+                     memory_needed, pick_device, several, short, switch, train)
 from eval import evaluate, evaluation_sets, read_windows, sample, token_gains
 from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
 
@@ -60,8 +61,8 @@ SCALES = {
                    (0.25, 1.0), windows=16, items=50),
     "laptop": Scale({"xs": (3 * M,), "s": (3 * M // 4, 3 * M), "m": (3 * M,)},
                     {"s": 3 * M // 2, "xs": 3 * M // 4}, (0.25, 0.5, 1.0)),
-    "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")}, {"s": 3 * M, "xs": 3 * M},
-                  (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3),
+    "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")},
+                  {"s": 3 * M, "xs": 3 * M}, (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3),
                   reduced={"xs": ((1 * M, 8 * M), (0.25, 0.5, 1.0))}),
     "gpu": Scale({"30M": (128 * M, 512 * M), "124M": (512 * M,), "350M": (512 * M,)}, {"124M": 256 * M},
                  (0.25, 0.5, 1.0), vocab_size=50_304, corpus="fineweb-edu",
@@ -154,7 +155,7 @@ PROGRAM = 2**29                      # bytes of memory of a process that has loa
 
 
 def room_of(tasks, scale, jobs, low):
-    """Bytes of memory of the `jobs` largest tasks at a time, and of disk for all; low: autocast to 16 bits."""
+    """Bytes of memory of the `jobs` largest tasks at once, and of disk for all; low: autocast to 16 bits."""
     memory, disk = [], 0
     for task in tasks:
         config, shape = config_of(task, scale, "", ""), shape_of(task.size, scale)
@@ -171,7 +172,7 @@ def start_worker(threads, counter, parent):
     torch.set_num_threads(threads)
     report_flops = counter.put
 
-    def follow():                                            # a sweep that was killed takes its workers with it
+    def follow():                                            # a killed sweep takes its workers with it
         while os.getppid() == parent:
             time.sleep(0.2)
         os._exit(1)
@@ -233,7 +234,8 @@ def sweep(scale, data, out, jobs, how):
     wanted = {key(row) for task in rows for row in rows[task]}
     found = [row for row in read_rows(results) if key(row) in wanted]
     if len({tuple(sorted(row["metrics"])) for row in found}) > 1:
-        raise DataError(f"{results} mixes evaluations on different sets: move it away, or choose another --out")
+        raise DataError(f"{results} mixes evaluations on different sets: move it away, or choose another "
+                        "--out")
     return found
 
 
@@ -302,13 +304,13 @@ def dry_run(scale_name, scale, jobs):
         shown = f"{seconds:8.0f} s" if here else f"{seconds / 3600:8,.1f} h"
         print(f"{str(task):50} {alphas:>26} {cost_of(task, scale):10.2e} {shown}")
     memory, disk = (size / 2**30 for size in room_of(tasks, scale, jobs, not here))
-    small_card = f", {sum(cost_of(t, scale) for t in tasks) / (0.4 * 165e12) / 3600:,.0f} on a 24 GB RTX 4090 (of 165)"
     print(f"\nmemory about {memory:,.1f} GiB with {jobs} jobs; disk at most {disk:,.1f} GiB (estimated)")
     flops = sum(cost_of(t, scale) for t in tasks)
     seconds = sum(cost_of(t, scale) / speed[t.size] for t in tasks)
+    small_card = f", {flops / (0.4 * 165e12) / 3600:,.0f} on a 24 GB RTX 4090 (of 165)"
     print(f"{scale_name}: {flops:.2e} FLOPs, " + (
-        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, by uncompiled steps timed "
-        "just now\n(preparing, compiling and evaluating come on top)" if here else
+        f"about {seconds / jobs / 60:.0f} minutes on this machine with {jobs} jobs, by uncompiled steps "
+        "timed just now\n(preparing, compiling and evaluating come on top)" if here else
         f"{seconds / 3600:,.0f} hours on an H100 (at 40 % of 989 TFLOP/s in bf16)"
         f"{small_card if memory < 24 else ''}; computed"))
 
@@ -464,8 +466,8 @@ def findings(g):
     mixed = [f"{name(t)} at alpha {a:g}" for (t, a), i, o in zip(cells, inside, outside)
              if sum(i.values()) < 0 < sum(o.values())]
     third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the "
-             f"gain out of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. Losing "
-             f"in domain and gaining outside: {'; '.join(mixed) or 'none'}.")
+             f"gain out of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. "
+             f"Losing in domain and gaining outside: {'; '.join(mixed) or 'none'}.")
     return [first, second, third]
 
 
@@ -498,7 +500,8 @@ def report(g):
         best = {w: g.best(t, w).values() for w in g.wheres}
         percent = [show(g.best(t, w, percent=True).values(), 1) for w in g.wheres]
         plain = {w: g.plain_gain(t, w) for w in ("in", "out")}
-        rows.append([name(t), f"{g.weakness[t]:+.3f}", f"{g.best_alpha(t):g}", show(best["in"]), show(best["out"]), *percent,
+        rows.append([name(t), f"{g.weakness[t]:+.3f}", f"{g.best_alpha(t):g}",
+                     show(best["in"]), show(best["out"]), *percent,
                      f"{g.compute(t):.2f}", f"{plain['in']:+.3f} / {plain['out']:+.3f}"])
         unsure += [name(t)] * (interval(best["out"])[1] >= abs(interval(best["out"])[0]))
         worse += [name(t)] * (interval(best["out"])[0] < plain["out"])
@@ -516,8 +519,9 @@ def report(g):
              f"domain and {slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most "
              f"{off_in:.3f} and {off_out:.3f}. Out of distribution, distillation does not pay for its own "
              f"compute with {', '.join(worse) or 'no teacher'}; the teachers' training is not counted.", "",
-             *[f"More seeds are needed for {', '.join(unsure)}, whose gain out of distribution has no interval "
-               "that excludes zero.", ""] * bool(unsure), "## Every cell: gain in domain / out of distribution", ""]
+             *[f"More seeds are needed for {', '.join(unsure)}, whose gain out of distribution has no "
+               "interval that excludes zero.", ""] * bool(unsure),
+             "## Every cell: gain in domain / out of distribution", ""]
     alphas = sorted({a for t in g.teachers for a in g.cells[t]})
     text += table(["teacher", *(f"alpha {a:g}" for a in alphas)], [
         [name(t), *(" / ".join(show(g.gain(t, a, w).values()) for w in ("in", "out")) for a in alphas)]
@@ -528,7 +532,8 @@ def report(g):
                  "expected calibration error, the mean over all sets; students at their best alpha.", ""]
         names = [k for k in base[0]["metrics"] if k.startswith("task/")]
         groups = [("student alone", base), *((f"teacher {name(t)}", g.own[t]) for t in g.teachers)]
-        groups += [(f"student from {name(t)}", list(g.cells[t][g.best_alpha(t)].values())) for t in g.teachers]
+        groups += [(f"student from {name(t)}", list(g.cells[t][g.best_alpha(t)].values()))
+                   for t in g.teachers]
         text += table(["model", "loss in domain", *(k[5:] for k in names), "calibration error"], [
             [who, f"{g.mean(rows, 'in'):.3f}",
              *(f"{interval(r['metrics'][k]['report'] for r in rows)[0]:.3f}" for k in names),
@@ -537,8 +542,11 @@ def report(g):
 
 
 def tokens_report(g, data, config):
-    """Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who:
-    token_gains()}), empty where the checkpoints are not on this machine. config(task) is the Config of a task."""
+    """
+    Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who:
+    token_gains()}), empty where the checkpoints are not on this machine. config(task) is the Config of a
+    task.
+    """
     seed, found = min(g.base), {}
 
     def config_for(teacher, seed):
@@ -563,10 +571,11 @@ def tokens_report(g, data, config):
     for who, x in ((who, x["out"]) for who, x in found.items()):
         parts = [f"{share * gain:+.4f} ({share:.0%})" for share, gain in x["groups"].values()]
         rows.append([who, f"{x['gain']:+.4f}", *parts, *(f"{x['deciles'][i][1]:+.3f}" for i in (0, -1))])
-    text = ["## Which tokens gain", "", f"Out of distribution, seed {seed}: the whole gain and its four parts "
-            "by who predicts the token right (argmax), with their shares of the tokens; then the mean gain on "
-            "the easiest and the hardest tenth of the tokens, by the baseline's loss. That sorting alone makes "
-            "any second model look better on the hard ones: compare with another seed where there is one.", ""]
+    text = ["## Which tokens gain", "",
+            f"Out of distribution, seed {seed}: the whole gain and its four parts by who predicts the token "
+            "right (argmax), with their shares of the tokens; then the mean gain on the easiest and the "
+            "hardest tenth of the tokens, by the baseline's loss. That sorting alone makes any second model "
+            "look better on the hard ones: compare with another seed where there is one.", ""]
     groups = next(iter(found.values()))["out"]["groups"]
     text += table(["student", "gain", *groups, "easiest", "hardest"], rows)
     writers = {f"the strongest teacher, {name(t)}": teacher, "the student alone": base,
@@ -675,6 +684,7 @@ def chart(g):
 
 
 def main():
+    """Run the sweep that the command line asks for and write its report, or only print what it would cost."""
     parser = Parser(__doc__)
     parser.add_argument("--scale", default="laptop", choices=SCALES,
                         help="the experiment, see SCALES (default: laptop)")
@@ -695,7 +705,9 @@ def main():
     if args.seeds:
         scale = replace(scale, seeds=args.seeds)
     on_gpu = args.device.startswith("cuda") or args.device == "auto" and torch.cuda.is_available()
-    jobs = args.jobs if args.jobs is not None else 1 if on_gpu or not small(scale) else torch.get_num_threads()
+    jobs = args.jobs
+    if jobs is None:
+        jobs = 1 if on_gpu or not small(scale) else torch.get_num_threads()
     if jobs < 1 or len(set(scale.seeds)) < len(scale.seeds) or min(scale.seeds) < 0:
         parser.error("--jobs must be at least 1, and --seeds different and not negative")
     if args.dry_run:
@@ -712,7 +724,8 @@ def main():
     for path in evaluation_sets(data).values():
         read_windows(path, scale.training["block_size"], 1)
     if not any(set_name.startswith("ood_") for set_name in meta["sets"]):
-        raise DataError(f"{data} has no out-of-distribution set, which the findings need: data.py --ood NAME=FILE")
+        raise DataError(f"{data} has no out-of-distribution set, which the findings need: data.py --ood "
+                        "NAME=FILE")
     scale = replace(scale, vocab_size=meta["vocab_size"])
     read_rows(os.path.join(out, "results.jsonl"))
     os.makedirs(out, exist_ok=True)
