@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import platform
 import queue
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,17 @@ K, M, B = 2**10, 2**20, 2**30
 
 
 @dataclass
+class Ablation:
+    """A doubt about the findings, and a cell of the main student that may settle it."""
+    name: str
+    teacher: str                     # size
+    tokens: int                      # on which it was trained
+    alphas: tuple
+    same_order: bool = False         # the teacher sees the batches that the student will see
+    temperature: float = 1.0
+
+
+@dataclass
 class Scale:
     """One experiment. A teacher's last budget is the length of its run, others are checkpoints on the way."""
     teachers: dict                   # size -> token budgets
@@ -53,17 +65,29 @@ class Scale:
     items: int = 500                 # evaluated in each half of a task
     alone: tuple = (0.5, 1, 2)       # budgets of students without a teacher, as multiples: 1 is the baseline
     reduced: dict = field(default_factory=dict)  # student size -> (teacher budgets, alphas), fewer than all
+    ablations: tuple = ()
     training: dict = field(default_factory=lambda: dict(batch_size=8, block_size=128, lr=3e-3))   # of Config
 
 
 SCALES = {
     "smoke": Scale({"xs": (32 * K, 64 * K), "s": (64 * K,), "m": (64 * K,)}, {"s": 32 * K, "xs": 16 * K},
-                   (0.25, 1.0), windows=16, items=50),
+                   (0.25, 1.0), windows=16, items=50,
+                   ablations=(Ablation("temperature 2", "s", 64 * K, (0.25,), temperature=2.0),
+                              Ablation("same order", "s", 64 * K, (0.25,), same_order=True))),
     "laptop": Scale({"xs": (3 * M,), "s": (3 * M // 4, 3 * M), "m": (3 * M,)},
                     {"s": 3 * M // 2, "xs": 3 * M // 4}, (0.25, 0.5, 1.0)),
     "full": Scale({size: (1 * M, 2 * M, 4 * M, 8 * M) for size in ("xs", "s", "m", "l")},
                   {"s": 3 * M, "xs": 3 * M}, (0.1, 0.25, 0.5, 0.75, 1.0), seeds=(1, 2, 3),
-                  reduced={"xs": ((1 * M, 8 * M), (0.25, 0.5, 1.0))}),
+                  reduced={"xs": ((1 * M, 8 * M), (0.25, 0.5, 1.0))},
+                  ablations=(
+                      Ablation("temperature 2", "xs", 8 * M, (0.25,), temperature=2.0),
+                      Ablation("temperature 2", "m", 8 * M, (0.5, 0.75), temperature=2.0),
+                      Ablation("same data order", "s", 8 * M, (0.25, 0.5), same_order=True),
+                      Ablation("annealed", "m", 3 * M, (0.5, 0.75)),
+                      Ablation("annealed, the student's tokens only", "m", 3 * M, (0.5, 0.75),
+                               same_order=True),
+                      # after one step a teacher is all but uniform, and teaching from it label smoothing
+                      Ablation("label smoothing", "xs", 1 * K, (0.05, 0.1, 0.25)))),
     "gpu": Scale({"30M": (128 * M, 512 * M), "124M": (512 * M,), "350M": (512 * M,)}, {"124M": 256 * M},
                  (0.25, 0.5, 1.0), vocab_size=50_304, corpus="fineweb-edu",
                  training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3)),
@@ -85,12 +109,16 @@ class Task:
     size: str
     budgets: tuple                   # token counts that are evaluated
     seed: int
-    teacher: tuple = None            # (size, tokens)
+    teacher: "Task" = None           # it teaches as it is after
+    at: int = 0                      # so many tokens
     alphas: tuple = (0.0,)
+    ablation: str = ""               # the doubt that it is for
+    temperature: float = 1.0
 
     def __str__(self):
-        taught = f" from {name(self.teacher)}" if self.teacher else ""
-        return f"{self.kind} {name((self.size, self.budgets[-1]))}{taught} seed {self.seed}"
+        taught = f" from {name((self.teacher.size, self.at))}" if self.teacher else ""
+        doubt = f" ({self.ablation})" if self.ablation else ""
+        return f"{self.kind} {name((self.size, self.budgets[-1]))}{taught}{doubt} seed {self.seed}"
 
 
 def name(teacher):
@@ -102,13 +130,24 @@ def plan(scale):
     """Every task of a scale."""
     tasks = []
     for seed in scale.seeds:
-        tasks += [Task("teacher", size, budgets, 1000 + seed) for size, budgets in scale.teachers.items()]
+        teachers = {size: Task("teacher", size, budgets, 1000 + seed)
+                    for size, budgets in scale.teachers.items()}
+        tasks += teachers.values()
         for size, n in scale.students.items():
             tasks += [Task("student", size, (int(n * multiple),), seed) for multiple in scale.alone]
             kept, alphas = scale.reduced.get(size, (None, scale.alphas))
-            tasks += [Task("student", size, (n,), seed, (t, budget), alphas)
-                      for t, budgets in scale.teachers.items() for budget in budgets
+            tasks += [Task("student", size, (n,), seed, teacher, budget, alphas)
+                      for teacher in teachers.values() for budget in teacher.budgets
                       if kept is None or budget in kept]
+        main, n = next(iter(scale.students.items()))
+        for a in scale.ablations:
+            teacher = teachers.get(a.teacher)
+            if a.same_order or teacher is None or a.tokens != teacher.budgets[-1]:
+                teacher = Task("teacher", a.teacher, (a.tokens,), seed if a.same_order else 1000 + seed,
+                               ablation=a.name)
+                tasks.append(teacher)
+            tasks.append(Task("student", main, (n,), seed, teacher, a.tokens, a.alphas, a.name,
+                              a.temperature))
     return tasks
 
 
@@ -116,20 +155,24 @@ def config_of(task, scale, data, out, **how):
     """The Config that trains a task; its folder and its teacher's checkpoint follow from their names."""
     teacher = ""
     if task.teacher:
-        size, budget = task.teacher
-        taught_by = Task("teacher", size, scale.teachers[size], 1000 + task.seed)
-        teacher = checkpoint_path(config_of(taught_by, scale, data, out), 0.0, budget)
-    return Config(data=data, out=os.path.join(out, "runs", str(task).replace(" ", "_")), size=task.size,
-                  tokens=task.budgets[-1], checkpoints=task.budgets[:-1], seed=task.seed, teacher=teacher,
-                  alpha=task.alphas, **scale.training, **how)
+        teacher = checkpoint_path(config_of(task.teacher, scale, data, out), 0.0, task.at)
+    folder = re.sub(r"[^\w@.]+", "_", str(task))
+    return Config(data=data, out=os.path.join(out, "runs", folder), size=task.size, tokens=task.budgets[-1],
+                  checkpoints=task.budgets[:-1], seed=task.seed, teacher=teacher, alpha=task.alphas,
+                  temperature=task.temperature, **scale.training, **how)
+
+
+KEYS = ("kind", "size", "tokens", "seed", "teacher", "alpha", "temperature", "corpus", "training", "windows",
+        "items", "ablation")         # of a line of results.jsonl, that tell which run it is
 
 
 def rows_of(task, scale, corpus):
     """The lines of results.jsonl a task gives, without what is measured: what tells if they are there."""
     return [{"kind": task.kind, "size": task.size, "tokens": tokens, "seed": task.seed,
-             "teacher": task.teacher and {"size": task.teacher[0], "tokens": task.teacher[1]}, "alpha": alpha,
-             "temperature": 1.0, "corpus": corpus, "training": scale.training, "windows": scale.windows,
-             "items": scale.items}
+             "teacher": task.teacher and {"size": task.teacher.size, "tokens": task.at}, "alpha": alpha,
+             "temperature": task.temperature, "corpus": corpus, "training": scale.training,
+             "windows": scale.windows, "items": scale.items,
+             **({"ablation": task.ablation} if task.ablation else {})}
             for tokens in task.budgets for alpha in task.alphas]
 
 
@@ -147,7 +190,7 @@ def cost_of(task, scale):
     """Training FLOPs: the students' forward and backward passes, and one teacher forward for all of them."""
     flops = len(task.alphas) * flops_per_token(shape_of(task.size, scale), backward=True)
     if task.teacher:
-        flops += flops_per_token(shape_of(task.teacher[0], scale))
+        flops += flops_per_token(shape_of(task.teacher.size, scale))
     return flops * task.budgets[-1]
 
 
@@ -159,7 +202,7 @@ def room_of(tasks, scale, jobs, low):
     memory, disk = [], 0
     for task in tasks:
         config, shape = config_of(task, scale, "", ""), shape_of(task.size, scale)
-        taught_by = shape_of(task.teacher[0], scale) if task.teacher else None
+        taught_by = shape_of(task.teacher.size, scale) if task.teacher else None
         memory.append(PROGRAM + memory_needed(config, shape, taught_by, low))
         disk += disk_needed(config, shape)
     return sum(sorted(memory)[-jobs:]), disk
@@ -208,10 +251,9 @@ def sweep(scale, data, out, jobs, how):
     corpus, results = load_meta(data)["fingerprint"], os.path.join(out, "results.jsonl")
     configs = {task: config_of(task, scale, data, out, **how) for task in plan(scale)}
     rows = {task: rows_of(task, scale, corpus) for task in configs}
-    keys = rows[next(iter(rows))][0].keys()
 
     def key(row):
-        return json.dumps({k: row.get(k) for k in keys}, sort_keys=True)
+        return json.dumps([row.get(k) for k in KEYS], sort_keys=True)
     done = {key(row) for row in read_rows(results)}
     todo = [task for task in configs if not all(key(row) in done for row in rows[task])]
     missing = {configs[t].teacher for t in todo if not os.path.exists(configs[t].teacher)}
@@ -359,7 +401,8 @@ class Gains:
     """What students of one size gained over the alpha = 0 baseline of the same seed."""
 
     def __init__(self, rows, size, scale):
-        self.size, self.scale, self.tokens = size, scale, scale.students[size]
+        self.size, self.scale, self.tokens, everything = size, scale, scale.students[size], rows
+        rows = [r for r in rows if not r.get("ablation")]
         students = [r for r in rows if r["kind"] == "student" and r["size"] == size]
         self.alone = [r for r in students if not r["teacher"]]
         self.base = {r["seed"]: r for r in self.alone if r["tokens"] == self.tokens}
@@ -373,6 +416,7 @@ class Gains:
                     for t in self.teachers}
         self.weakness = {t: self.mean(self.own[t], "in") - self.mean(self.base.values(), "in")
                          for t in self.teachers}
+        self.ablated = [r for r in everything if r.get("ablation")]
         self.wheres = [w for w in ("in", "out", "tasks") if level(self.alone[0], w) is not None]
 
     def mean(self, rows, where):
@@ -414,6 +458,27 @@ class Gains:
     def plain_gain(self, teacher, where):
         """What plain pretraining gains from that many more tokens, read off the fitted line."""
         return -self.fit(where)[0] * math.log(self.compute(teacher))
+
+
+def ranks_of(values):
+    """The rank of each value, equal ones sharing the mean of theirs."""
+    return [sum(w < v for w in values) + (sum(w == v for w in values) - 1) / 2 for v in values]
+
+
+def alpha_trend(g):
+    """
+    seed -> Spearman's rank correlation, over the teachers, of their own in-domain loss with the alpha that is
+    best with them (out of distribution, select half, of this seed alone); nothing below three teachers.
+    """
+    found = {}
+    for seed in g.base if len(g.teachers) > 2 else ():
+        own = [level(next(r for r in g.own[t] if r["seed"] == 1000 + seed), "in") for t in g.teachers]
+        best = [max(g.cells[t], key=lambda a: g.gain(t, a, "out", "select")[seed]) for t in g.teachers]
+        x, y = ranks_of(own), ranks_of(best)
+        dx, dy = ([v - sum(values) / len(values) for v in values] for values in (x, y))
+        size = math.sqrt(sum(v * v for v in dx) * sum(v * v for v in dy))
+        found[seed] = sum(a * b for a, b in zip(dx, dy)) / size if size else 0.0
+    return found
 
 
 def verdict(claim, values, seen):
@@ -514,6 +579,10 @@ def report(g):
              "pass over that of one without; plain is what pretraining alone gains from that much more.", ""]
     text += table(["teacher", "weakness", "best alpha", "gain in domain", "gain out", "in, % of loss",
                    "out, % of loss", *["tasks, % of error"] * has_tasks, "compute", "plain, in / out"], rows)
+    if trend := alpha_trend(g).values():
+        text += ["Does the best alpha rise with the teacher's strength? The rank correlation of the teacher's "
+                 f"own loss with the best alpha, chosen for each seed by itself, is {show(trend, 2)}: below "
+                 "zero is yes.", ""]
     (slope_in, off_in), (slope_out, off_out) = g.fit("in"), g.fit("out")
     text += [f"Plain is read off a line through the student alone at {budgets} tokens: {slope_in:+.3f} in "
              f"domain and {slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most "
@@ -541,6 +610,32 @@ def report(g):
     return "\n".join(text)
 
 
+def ablation_report(g):
+    """The doubts and what became of them, in Markdown; nothing for a student without any."""
+    if not g.ablated or g.size != next(iter(g.scale.students)):
+        return ""
+    rows = []
+    for a in g.scale.ablations:
+        same = [r for r in g.ablated if r["ablation"] == a.name]
+        t = (a.teacher, a.tokens)
+        own = [r for r in same if r["kind"] == "teacher"] or g.own[t]
+        for alpha in a.alphas:
+            taught = [r for r in same if r["kind"] == "student" and r["alpha"] == alpha
+                      and r["teacher"] == {"size": a.teacher, "tokens": a.tokens}]
+            gain = [show(level(g.base[r["seed"]], w) - level(r, w) for r in taught) for w in ("in", "out")]
+            plain = []                                       # the same cell of the main runs, if it is one
+            if alpha in g.cells.get(t, {}):
+                plain = [show(g.gain(t, alpha, w).values()) for w in ("in", "out")]
+            rows.append([a.name, name(t), f"{g.mean(own, 'in'):.3f}", f"{alpha:g}", " / ".join(gain),
+                         " / ".join(plain) or "-"])
+    return "\n".join([
+        "## Doubts", "",
+        "Cells in which one thing is changed: gain in domain / out of distribution, and the same cell "
+        "without the change. An annealed teacher is one whose learning rate came down; compare it with the "
+        "checkpoint of the longer run that has about its loss.", "",
+        *table(["change", "teacher", "its loss", "alpha", "gain", "without"], rows)])
+
+
 def tokens_report(g, data, config):
     """
     Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who:
@@ -550,7 +645,12 @@ def tokens_report(g, data, config):
     seed, found = min(g.base), {}
 
     def config_for(teacher, seed):
-        return config(Task("student", g.size, (g.tokens,), seed, teacher, tuple(g.cells.get(teacher, [0.0]))))
+        taught = {}
+        if teacher:
+            size, budget = teacher
+            taught_by = Task("teacher", size, g.scale.teachers[size], 1000 + seed)
+            taught = dict(teacher=taught_by, at=budget, alphas=tuple(g.cells[teacher]))
+        return config(Task("student", g.size, (g.tokens,), seed, **taught))
 
     def model(teacher, alpha, seed=seed):
         return load_checkpoint(checkpoint_path(config_for(teacher, seed), alpha))[0]
@@ -740,7 +840,7 @@ def main():
     for size in scale.students:
         g = Gains(rows, size, scale)
         tokens_text, found = tokens_report(g, data, lambda task: config_of(task, scale, data, out))
-        text += f"\n{report(g)}\n{tokens_text}"
+        text += f"\n{report(g)}\n{ablation_report(g)}\n{tokens_text}"
         try:
             draw(g, os.path.join(out, f"findings_{size}"))
             text += f"\n![the findings](findings_{size}.png)\n"

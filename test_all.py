@@ -897,6 +897,49 @@ def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
     assert "#" in sweep.chart(g)
 
 
+def test_best_alpha_against_strength_is_spearmans():
+    rng = random.Random(0)
+    for _ in range(20):
+        cells = {(size, n, rng.uniform(2, 3)): {a: (0.0, rng.uniform(-1, 1)) for a in (0.25, 0.5, 0.75, 1.0)} for size in ("xs", "s", "m") for n in (1, 2)}
+        g = gains_of(made_up(cells, noise=0))
+        best = [max(by_alpha, key=lambda a: by_alpha[a][1]) for by_alpha in cells.values()]
+        rank = lambda v: np.array([np.mean([i for i, w in enumerate(sorted(v)) if w == x]) for x in v])
+        x, y = rank([own for *_, own in cells]), rank(best)
+        expected = np.corrcoef(x, y)[0, 1] if len(set(best)) > 1 else 0.0
+        assert all(abs(r - expected) < 1e-9 for r in sweep.alpha_trend(g).values()) and len(sweep.alpha_trend(g)) == 3
+    assert "below zero is yes" in sweep.report(g) and not sweep.alpha_trend(gains_of(made_up(dict(list(PAPER_LIKE.items())[:2]))))
+
+
+def test_ablations_are_reported_apart_and_change_no_finding():
+    rows = made_up(PAPER_LIKE)
+    scale = dataclasses.replace(sweep.SCALES["laptop"], students={"s": 3}, ablations=(
+        sweep.Ablation("colder", "m", 8, (0.25,), temperature=2.0), sweep.Ablation("other teacher", "m", 5, (1.0,), same_order=True)))
+    def like(found, **changes):
+        return {**found, **changes, "metrics": {k: {"select": 0.1, "report": v["report"] - 0.1} for k, v in found["metrics"].items()}}
+    extra = [like(r, ablation="colder", temperature=2.0) for r in rows if r["teacher"] == {"size": "m", "tokens": 8} and r["alpha"] == 0.25]
+    extra += [like(r, ablation="other teacher", teacher={"size": "m", "tokens": 5}) for r in rows
+              if r["teacher"] == {"size": "m", "tokens": 8} and r["alpha"] == 1.0]
+    extra += [like(r, ablation="other teacher", tokens=5) for r in rows if r["kind"] == "teacher" and r["size"] == "m"]
+    g = sweep.Gains(rows + extra, "s", scale)
+    assert sweep.findings(g) == sweep.findings(gains_of(rows)) and ("m", 5) not in g.teachers
+    text = sweep.ablation_report(g)
+    assert "| colder | m@8 | 2.200 | 0.25 | +0.130 ± 0.002 / +0.160 ± 0.002 | +0.030 ± 0.002 / +0.060 ± 0.002 |" in text
+    assert "| other teacher | m@5 | 2.100 | 1 | +0.200 ± 0.002 / +0.220 ± 0.002 | - |" in text
+    assert sweep.ablation_report(gains_of(rows)) == ""
+
+
+def test_ablations_are_planned_with_their_teachers():
+    scale = sweep.SCALES["full"]
+    tasks = [t for t in sweep.plan(scale) if t.seed in (1, 1001)]
+    students = [t for t in tasks if t.kind == "student" and t.ablation]
+    assert [t.temperature for t in students] == [2.0, 2.0, 1.0, 1.0, 1.0, 1.0] and all(t.teacher in tasks for t in students)
+    assert [t.teacher.seed for t in students] == [1001, 1001, 1, 1001, 1, 1001]
+    configs = [sweep.config_of(t, scale, "d", "o") for t in tasks]
+    assert len({c.out for c in configs}) == len(configs)      # no two tasks share a folder
+    made = {sweep.checkpoint_path(c, a, n) for c in configs for a in c.alpha for n in (*c.checkpoints, c.tokens)}
+    assert all(c.teacher in made for c in configs if c.teacher)
+
+
 def test_no_weak_teacher_is_said():
     assert "not tested" in sweep.findings(gains_of(made_up({("m", 8, 2.2): {0.25: (0.1, 0.1)}, ("l", 8, 2.1): {0.25: (0.1, 0.1)}})))[0]
 
