@@ -36,6 +36,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -191,7 +192,9 @@ def download(url, path, tries=8, pause=1.0):
             return
         except urllib.error.HTTPError as e:
             error = f"HTTP {e.code} {e.reason}"
-            if e.code == 416:                                # what is here is longer than what is there
+            if e.code == 416:                                # nothing is left to send: whole, or too long
+                if (e.headers.get("Content-Range") or "").endswith(f"/{have}"):
+                    return os.replace(part, path)
                 os.remove(part)
             elif e.code not in (408, 425, 429) and e.code < 500:
                 break
@@ -233,7 +236,7 @@ def read_member(path, member, most):
     try:
         with zipfile.ZipFile(path) as z, z.open(next(n for n in z.namelist() if n.endswith(member))) as f:
             return f.read(most)
-    except (zipfile.BadZipFile, StopIteration):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, StopIteration):
         raise DataError(f"{path} is no zip that holds {member}: delete it and start again") from None
 
 
@@ -681,9 +684,10 @@ def lock(folder, wait=5):
             if time.monotonic() > until:
                 raise DataError(f"another process is at work in {folder}: wait for it, or stop it") from None
             time.sleep(0.1)
-    for pattern in ("*.tmp", "*/*.tmp"):
-        for half in Path(folder).glob(pattern):
-            half.unlink(missing_ok=True)
+    for pattern in ("*", "alpha_*/*"):
+        for path in Path(folder).glob(pattern):
+            if regex.search(r"\.\d+\.tmp$", path.name):
+                path.unlink(missing_ok=True)
     return claim
 
 

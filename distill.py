@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import statistics
@@ -35,6 +36,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,8 +47,8 @@ from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from data import Batches, Parser, count, load_meta, lock, run, write
-from model import (GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint,
-                   read_sealed, save_checkpoint, write_atomically)
+from model import (GPT, LONGEST, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token,
+                   load_checkpoint, read_sealed, save_checkpoint, write_atomically)
 
 
 class ConfigError(ValueError):
@@ -144,6 +146,7 @@ class Config:
         need(not self.other or self.top_k or self.top_p < 1, "--other needs --top_k or --top_p")
         need(not self.hard or not self.top_k and self.top_p == 1 and self.temperature == 1,
              "--hard goes without --top_k, --top_p and --temperature")
+        need(self.block_size <= LONGEST, f"--block_size must be at most {LONGEST}")
         need(self.dtype in ("auto", "float32", "bfloat16", "float16"), f"--dtype cannot be {self.dtype}")
         step = self.tokens_per_step
         need(self.tokens >= step, f"--tokens {self.tokens} is less than one step of {step}")
@@ -347,12 +350,12 @@ def load_teacher(config, meta, device):
     return teacher.requires_grad_(False)
 
 
-def unfinished(config, state_path, identity, device):
+def unfinished(config, state_path, identity):
     """The saved state of this very run, or None. Raises CheckpointError; ConfigError if it is another's."""
     if not os.path.exists(state_path):
         return None
     try:
-        state = read_sealed(state_path, device)
+        state = read_sealed(state_path)                      # on the CPU: it is copied from there
         same = {k: state[k] for k in identity} == identity
     except (CheckpointError, KeyError, TypeError):
         raise CheckpointError(f"{state_path} is damaged: delete it to start the run anew") from None
@@ -423,15 +426,23 @@ def disk_needed(config, shape):
 def free_memory(device):
     """Bytes of memory that are free on a device; infinity where the system doesn't tell."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()                             # what torch holds for later use is free
         return torch.cuda.mem_get_info(device)[0]
     free = math.inf
     try:                                                     # Linux; a container may have less than all
         with open("/proc/meminfo") as f:
             free = next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
-        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
-            return min(free, int(most.read()) - int(used.read()))
-    except (OSError, ValueError, StopIteration):
+        group = {name: Path("/sys/fs/cgroup", f"memory.{name}").read_text()
+                 for name in ("max", "current", "stat")}
+        files = int(re.search(r"^inactive_file (\d+)", group["stat"], re.M)[1])      # a cache that gives way
+        return min(free, int(group["max"]) - int(group["current"]) + files)
+    except (OSError, ValueError, TypeError, StopIteration):
         return free
+
+
+def bytes_of(folder):
+    """Bytes of the checkpoints and states below a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*.pt"))
 
 
 def free_disk(folder):
@@ -463,6 +474,8 @@ def train(config, on_tokens=None):
     """
     device, dtype, meta, batches, shape, teacher = set_up(config)
     rank, world = ranks()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     at_step = config.tokens_per_step
@@ -476,9 +489,11 @@ def train(config, on_tokens=None):
     state_path, log_path = os.path.join(config.out, "state.pt"), os.path.join(config.out, "log.jsonl")
     if finished(config, kept, identity) and not os.path.exists(state_path):
         return kept
-    unfinished(config, state_path, identity, device)
-    low, taught_by = dtype != torch.float32, teacher and teacher.config
-    check_room(memory_needed(config, shape, taught_by, low), disk_needed(config, shape), device, config.out)
+    unfinished(config, state_path, identity)
+    memory = memory_needed(config, shape, teacher and teacher.config, dtype != torch.float32)
+    if teacher:                                              # is in memory already
+        memory -= 4 * count_parameters(teacher.config)
+    check_room(memory, disk_needed(config, shape) - bytes_of(config.out), device, config.out)
     if rank == 0:
         for k in kept:
             os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
@@ -487,11 +502,16 @@ def train(config, on_tokens=None):
         if rank == 0 and os.path.exists(state_path):
             os.remove(state_path)
         return kept
-    state = unfinished(config, state_path, identity, device)
+    state = unfinished(config, state_path, identity)
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step = state["step"] if state else 0
+    for done, tokens in marks.items():                       # asked for since then
+        if done <= first_step and not os.path.exists(checkpoint_path(config, config.alpha[0], tokens)):
+            raise ConfigError(f"--checkpoints: the unfinished run in {config.out} has passed {short(tokens)} "
+                              "tokens without saving them: choose another --out")
     for student, saved in zip(students, state["students"] if state else ()):
         student.load_state(saved)
+    state = None                                             # as large as the students
     if rank == 0:
         write(config.out, "log.jsonl", "".join(read_log(log_path, first_step)).encode())
     log = open(log_path if rank == 0 else os.devnull, "a")
@@ -500,7 +520,7 @@ def train(config, on_tokens=None):
     for student in students:
         student.hidden, student.loss_fn = fn(student.model.hidden), loss_fn
     # with several ranks each works on its rows of every batch, and their gradients are averaged
-    replicas = [DistributedDataParallel(s, broadcast_buffers=False) if world > 1 else s for s in students]
+    replicas = [DistributedDataParallel(s) if world > 1 else s for s in students]
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     stopped_by, handlers = [], {}
     if threading.current_thread() is threading.main_thread():
@@ -531,14 +551,13 @@ def train(config, on_tokens=None):
 
             done, stop = step + 1, bool(stopped_by)
             logging = step % config.log_every == 0 or done == steps
-            if logging:
+            if logging or world > 1:
                 losses = [x for s in students for x in (s.ce, s.kl)]
                 seen = torch.stack(losses + [torch.tensor(stop, device=device)])
-                if world > 1:
-                    dist.all_reduce(seen)
-                    seen /= world
-            if world > 1:                                     # all ranks stop at the same step
-                stop = logging and seen[-1].item() > 0
+            if world > 1:                                     # means over the ranks; and all stop if one does
+                dist.all_reduce(seen)
+                seen /= world
+                stop = seen[-1].item() > 0
             saving = stop or time.time() - saved_at > config.save_every
             if done in marks or saving or logging:
                 for student in students:                      # before anything of it is written
@@ -560,11 +579,13 @@ def train(config, on_tokens=None):
                 bar.set_postfix_str(f"loss {numbers[-3]:.3f}", refresh=False)
             (on_tokens or bar.update)(at_step)
             if saving and done < steps:
-                saved_at = time.time()
                 if rank == 0:
                     states = [student.state() for student in students]
                     write_atomically(state_path, {**identity, "step": done, "students": states})
+                saved_at = time.time()
             if stop:
+                if world > 1:                                 # the state is there before any rank leaves
+                    dist.barrier()
                 if not on_tokens and rank == 0:
                     print(f"\nstopped at {done * at_step:,} of {config.tokens:,} tokens; the state is saved, "
                           "and the same command goes on from here", file=sys.stderr)

@@ -28,12 +28,13 @@ import random
 import re
 import warnings
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (END_OF_TEXT, DataError, Parser, download, load_meta, load_tokenizer, load_tokens,
+from data import (END_OF_TEXT, DataError, Parser, download, load_meta, load_tokenizer, load_tokens, lock,
                   read_lines, read_member, run, write)
 from model import CheckpointError, load_checkpoint
 
@@ -55,14 +56,19 @@ def read_windows(path, block_size, n):
     return halves
 
 
+def batch_of(model, most):
+    """How many full contexts to evaluate at once: their logits stay below a GiB."""
+    return max(1, min(most, 2**28 // (model.config.block_size * model.config.vocab_size)))
+
+
 @torch.no_grad()
-def token_scores(model, rows, batch_size=32):
+def token_scores(model, rows):
     """
     Rows (N, T + 1) -> three of (N, T), for every token but a row's first: its loss in nats, whether the
     likeliest token was right, and the probability of the likeliest.
     """
     device, scores = next(model.parameters()).device, []
-    for part in rows.split(batch_size):
+    for part in rows.split(batch_of(model, 32)):
         part = part.to(device)
         logp = F.log_softmax(model(part[:, :-1]).float(), dim=-1)            # (B, T, V)
         top, guess = logp.max(-1)
@@ -252,23 +258,27 @@ PUBLIC = {                               # name -> address, and the file inside 
 def fetch_task(name, folder):
     """The file of a public task, downloaded if it is not there -> its path. Raises DataError."""
     (url, more), path = PUBLIC[name], os.path.join(folder, f"{name}.jsonl")
-    if os.path.exists(path):
-        return path
     os.makedirs(folder, exist_ok=True)
-    raw = os.path.join(folder, f"{name}.raw")
-    download(url, raw)
-    with open(raw, "rb") as f:
-        found = f.read()
-    if more.startswith("http"):                              # the labels are a file of their own
-        download(more, f"{raw}.labels")
-        items, labels = read_lines(raw), read_lines(f"{raw}.labels")
-        found = "".join(json.dumps({**item, "label": k}) + "\n" for item, k in zip(items, labels)).encode()
-        if len(items) != len(labels):
-            raise DataError(f"{raw} has {len(items)} items and {len(labels)} labels: delete both and "
-                            "start again")
-    elif more:
-        found = read_member(raw, more, 2**27)
-    write(folder, f"{name}.jsonl", found)
+    with lock(folder, wait=600):
+        if os.path.exists(path):
+            return path
+        raw, labels = os.path.join(folder, f"{name}.raw"), os.path.join(folder, f"{name}.labels")
+        try:
+            download(url, raw)
+            found = read_member(raw, more, 2**27) if more.endswith(".jsonl") else Path(raw).read_bytes()
+            if more.startswith("http"):                      # the labels are a file of their own
+                download(more, labels)
+                both = read_lines(raw), read_lines(labels)
+                if len(both[0]) != len(both[1]):
+                    raise DataError(f"{url} has {len(both[0])} items and {len(both[1])} labels: try again "
+                                    "later")
+                found = "".join(json.dumps({**item, "label": k}) + "\n" for item, k in zip(*both)).encode()
+            write(folder, f"{name}.new", found)
+            read_items(os.path.join(folder, f"{name}.new"))  # what is no task never gets its name
+            os.replace(os.path.join(folder, f"{name}.new"), path)
+        finally:
+            for left in (raw, labels, os.path.join(folder, f"{name}.new")):
+                Path(left).unlink(missing_ok=True)
     return path
 
 
@@ -304,7 +314,8 @@ def read_items(path):
         try:
             item = item_of(line)
             texts = [item["context"], item.get("space", ""), *item["choices"]]
-            if not (all(isinstance(text, str) for text in texts) and all(item["choices"])
+            if not (all(isinstance(text, str) for text in texts)
+                    and (item is not line or all(item["choices"]))
                     and type(item["label"]) is int and 0 <= item["label"] < len(item["choices"])):
                 raise ValueError
             items.append(item)
@@ -317,7 +328,7 @@ def read_items(path):
 
 
 @torch.no_grad()
-def score_items(model, encoding, items, batch_size=64):
+def score_items(model, encoding, items):
     """
     -> for each item (acc, acc_norm), 0 or 1: whether the right choice has the largest log-probability given
     the context, in sum and per character. With one choice both say whether greedy decoding gives it.
@@ -340,8 +351,9 @@ def score_items(model, encoding, items, batch_size=64):
     requests.sort(key=lambda request: len(request[0]))
     total = [[0.0] * len(item["choices"]) for item in items]
     exact = [False] * len(items)
-    for i in range(0, len(requests), batch_size):
-        part = requests[i:i + batch_size]
+    at_once = batch_of(model, 64)
+    for i in range(0, len(requests), at_once):
+        part = requests[i:i + at_once]
         rows = torch.zeros(len(part), max(len(ids) for ids, *_ in part), dtype=torch.long)
         for row, (ids, *_) in zip(rows, part):
             row[:len(ids)] = torch.tensor(ids)               # padding on the right is never looked at
@@ -354,7 +366,7 @@ def score_items(model, encoding, items, batch_size=64):
             exact[n] = exact[n] or (len(items[n]["choices"]) == 1 and torch.equal(g[span], row[1:][span]))
     results = []
     for item, sums, greedy in zip(items, total, exact):
-        per_character = [x / len(choice) for x, choice in zip(sums, item["choices"])]
+        per_character = [x / max(1, len(choice)) for x, choice in zip(sums, item["choices"])]
         right = tuple(int(s.index(max(s)) == item["label"]) for s in (sums, per_character))
         results.append(right if len(sums) > 1 else (int(greedy), int(greedy)))
     return results
@@ -479,7 +491,7 @@ def print_table(found):
     """Checkpoints side by side."""
     for i, c in enumerate(found):
         taught = f", alpha {c['alpha']:g} from {c['teacher']}" if c["alpha"] else ""
-        print(f"[{i}] {c['path']}: {c['size']}, {c['tokens']:,} tokens, seed {c['seed']}{taught}")
+        print(f"[{i}] {c['path']}: {c['size']}, {c['tokens'] or 0:,} tokens, seed {c['seed']}{taught}")
     print("\nreport halves: nats per token, perplexity, bits per byte, calibration error"
           + "; in brackets the gain on [0]" * (len(found) > 1))
     print(f"{'':18}" + "".join(f"{f'[{i}]':<42}" for i in range(len(found))).rstrip())

@@ -1,5 +1,5 @@
 """
-A Llama-style GPT: the network and nothing else.
+A Llama-style GPT, its checkpoints, and its way out to other programs.
 
 The architecture is that of "Strong Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv
 2605.23857), which takes Llama 3's: RMSNorm before each block (eps 1e-5), rotary positions (theta 500,000),
@@ -292,12 +292,13 @@ def read_sealed(path, device="cpu"):
                 raise ValueError
             with zipfile.ZipFile(f) as z:
                 entries = z.infolist()
+                if (sum(e.file_size for e in entries) > size
+                        or any(e.compress_type != zipfile.ZIP_STORED for e in entries)):
+                    raise ValueError
                 pickle = next(z.read(e) for e in entries if e.filename.endswith("/data.pkl"))
             operations = pickletools.genops(pickle)
             called = {arg for op, arg, _ in operations if op.name in ("GLOBAL", "STACK_GLOBAL")}
-            called = {name for name in called if not re.fullmatch(r"torch \w+Storage", str(name))}
-            if (called - PLAIN or sum(e.file_size for e in entries) > size
-                    or any(e.compress_type != zipfile.ZIP_STORED for e in entries)):
+            if not all(name in PLAIN or re.fullmatch(r"torch \w+Storage", str(name)) for name in called):
                 raise ValueError
             f.seek(0)
             return torch.load(f, map_location=device, weights_only=True)
@@ -312,11 +313,12 @@ def load_checkpoint(path, device="cpu"):
         config, weights = GPTConfig(**saved.pop("config")), saved.pop("model")
         if (saved.pop("format") != "nanodistill" or config.block_size > LONGEST
                 or 2 * count_parameters(config) > os.path.getsize(path)
-                or not all(w.is_floating_point() and w.isfinite().all() for w in weights.values())
                 or not all(isinstance(saved[name], kind) for name, kind in EXTRA.items() if name in saved)):
             raise ValueError
         model = GPT(config).to(device)
         model.load_state_dict(weights)
+        if not all(w.isfinite().all() for w in model.parameters()):
+            raise ValueError
     except Exception:
         raise CheckpointError(f"{path} is damaged, or no checkpoint of distill.py") from None
     return model.eval(), saved

@@ -31,9 +31,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm import tqdm
 
-from data import (DataError, Parser, load_meta, load_tokenizer, load_tokens, lock, prepare, read_lines, run,
-                  write)
-from distill import (Config, ConfigError, check_room, checkpoint_path, disk_needed, distill_loss,
+from data import (DataError, Parser, load_meta, load_shards, load_tokenizer, load_tokens, lock, prepare,
+                  read_lines, run, write)
+from distill import (Config, ConfigError, bytes_of, check_room, checkpoint_path, disk_needed, distill_loss,
                      memory_needed, pick_device, several, short, switch, train)
 from eval import evaluate, evaluation_sets, read_windows, sample, token_gains
 from model import GPT, SIZES, CheckpointError, GPTConfig, count_parameters, flops_per_token, load_checkpoint
@@ -270,7 +270,7 @@ def sweep(scale, data, out, jobs, how):
     if todo:
         device, dtype = pick_device(configs[todo[0]])
         memory, disk = room_of(todo, scale, jobs, dtype != torch.float32)
-        check_room(memory, disk, device, out)
+        check_room(memory, disk - bytes_of(out), device, out)
         print(f"{len(todo)} tasks, {jobs} at a time; stop it when you like, the same command goes on")
         run_tasks(todo, scale, configs, corpus, jobs, save)
     wanted = {key(row) for task in rows for row in rows[task]}
@@ -580,8 +580,8 @@ def report(g):
     text += table(["teacher", "weakness", "best alpha", "gain in domain", "gain out", "in, % of loss",
                    "out, % of loss", *["tasks, % of error"] * has_tasks, "compute", "plain, in / out"], rows)
     if trend := alpha_trend(g).values():
-        text += ["Does the best alpha rise with the teacher's strength? The rank correlation of the teacher's "
-                 f"own loss with the best alpha, chosen for each seed by itself, is {show(trend, 2)}: below "
+        text += ["Does the best alpha rise with the teacher's strength? The rank correlation of the teacher's"
+                 f" own loss with the best alpha, chosen for each seed by itself, is {show(trend, 2)}: below "
                  "zero is yes.", ""]
     (slope_in, off_in), (slope_out, off_out) = g.fit("in"), g.fit("out")
     text += [f"Plain is read off a line through the student alone at {budgets} tokens: {slope_in:+.3f} in "
@@ -643,6 +643,7 @@ def tokens_report(g, data, config):
     task.
     """
     seed, found = min(g.base), {}
+    device = pick_device(config(Task("student", g.size, (g.tokens,), seed)))[0]
 
     def config_for(teacher, seed):
         taught = {}
@@ -653,12 +654,12 @@ def tokens_report(g, data, config):
         return config(Task("student", g.size, (g.tokens,), seed, **taught))
 
     def model(teacher, alpha, seed=seed):
-        return load_checkpoint(checkpoint_path(config_for(teacher, seed), alpha))[0]
+        return load_checkpoint(checkpoint_path(config_for(teacher, seed), alpha), device)[0]
     try:
         base = model(None, 0.0)
         for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)]):
             alpha = g.best_alpha(t)
-            teacher = load_checkpoint(config_for(t, seed).teacher)[0]
+            teacher = load_checkpoint(config_for(t, seed).teacher, device)[0]
             who = f"from {name(t)}, alpha {alpha:g}"
             found[who] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
         if len(g.base) > 1:
@@ -681,7 +682,7 @@ def tokens_report(g, data, config):
     writers = {f"the strongest teacher, {name(t)}": teacher, "the student alone": base,
                f"the student from {name(t)}": model(t, g.best_alpha(t))}
     ids = load_tokens(evaluation_sets(data)["in_domain"])[:2000].tolist()    # a line of a held-out document
-    prompt = next(line for line in encoding.decode(ids).split("\n") if len(line) > 20)[:20]
+    prompt = next((line for line in encoding.decode(ids).split("\n") if len(line) > 20), "")[:20]
     text += ["## What they write", "", "After the first 20 characters of a held-out line, one draw each, at "
              "temperature 0.8 among the 50 likeliest tokens:", ""]
     for who, writer in writers.items():
@@ -820,7 +821,7 @@ def main():
         prepare("python", data, scale.vocab_size)
     meta = load_meta(data)
     for set_name in meta["sets"]:                            # damage is told now, not in an hour
-        load_tokens(os.path.join(data, f"{set_name}.bin"))
+        load_shards(os.path.join(data, f"{set_name}.bin"))
     for path in evaluation_sets(data).values():
         read_windows(path, scale.training["block_size"], 1)
     if not any(set_name.startswith("ood_") for set_name in meta["sets"]):
@@ -839,7 +840,7 @@ def main():
             f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.\n")
     for size in scale.students:
         g = Gains(rows, size, scale)
-        tokens_text, found = tokens_report(g, data, lambda task: config_of(task, scale, data, out))
+        tokens_text, found = tokens_report(g, data, lambda task: config_of(task, scale, data, out, **how))
         text += f"\n{report(g)}\n{ablation_report(g)}\n{tokens_text}"
         try:
             draw(g, os.path.join(out, f"findings_{size}"))

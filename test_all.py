@@ -961,7 +961,8 @@ def test_smoke_sweep_killed_and_started_again_equals_one_never_stopped(corpus, t
     rows = results(tmp_path / "whole")
     scale = sweep.SCALES["smoke"]
     keys = [sweep.rows_of(task, scale, rows[0]["corpus"]) for task in sweep.plan(scale)]
-    assert len(rows) == sum(map(len, keys)) and all({k: r[k] for k in keys[0][0]} in sum(keys, []) for r in rows)
+    which = [[key.get(k) for k in sweep.KEYS] for key in sum(keys, [])]
+    assert len(rows) == len(which) and all([r.get(k) for k in sweep.KEYS] in which for r in rows)
     assert all(0 < v["report"] < 7 for r in rows for v in r["metrics"].values())
     made = {p.name for p in (tmp_path / "whole").iterdir()}
     assert made >= {"results.jsonl", "report.md", "runs"}
@@ -1025,6 +1026,7 @@ def server():
             if isinstance(fault, int) or body is None or start >= len(body) > 0 and start:
                 self.send_response(fault or (404 if body is None else 416))
                 self.send_header("Retry-After", "0")
+                self.send_header("Content-Range", f"bytes */{len(body or b'')}")
                 self.end_headers()
                 return
             start = 0 if fault == "from the start" else start
@@ -1058,6 +1060,8 @@ def test_download_goes_on_tries_again_and_leaves_no_half_file(server, tmp_path, 
     assert fetch("cut", "from the start") == [0, 150_000]     # a server that knows no ranges
     (tmp_path / "f.part").write_bytes(bytes(400_000))         # left from another, longer version
     assert fetch() == [400_000, 0]
+    (tmp_path / "f.part").write_bytes(whole)                  # whole, but killed before it got its name
+    assert fetch() == [300_000]
     for faults, word in ((["cut"] * 3, "bytes came"), ([503] * 3, "HTTP 503"), ([404], "HTTP 404"), ([403], "HTTP 403")):
         path.unlink(missing_ok=True)
         server.faults["f"], server.log[:] = list(faults), []
@@ -1126,6 +1130,13 @@ def test_fineweb_shards_become_a_corpus(library, tmp_path, monkeypatch, capsys):
         f.write(b"\xff")
     with pytest.raises(data.DataError, match="damaged"):
         data.Batches(str(out / "train.bin"), 10, 64, seed=1)
+    with open(out / "edu_fineweb_train_000002.bin", "r+b") as f:
+        f.write(library.files["edu_train_000002"])
+    def reached(*_):
+        raise data.DataError("would run")
+    monkeypatch.setattr(sweep, "sweep", reached)              # the checks before a sweep know shards too
+    code, _, err = run_script(sweep.main, ["--scale", "smoke", "--data", out, "--out", tmp_path / "sweep"], monkeypatch, capsys)
+    assert code == 2 and err == ["error: would run"]
 
 
 @pytest.mark.parametrize("bad", [shard([1] * 9000, magic=7), shard([1] * 9000, version=2), shard([1] * 9000, count=9001), shard([1] * 9000)[:-2], b"", b"x" * 1024])
@@ -1195,6 +1206,10 @@ def test_public_tasks_are_fetched_and_scored(server, corpus, tmp_path, monkeypat
     (home / "tasks" / "piqa.jsonl").unlink()
     code, _, err = run_script(evaluation.main, [path, "--data", home, "--tasks", "piqa"], monkeypatch, capsys)
     assert code == 2 and "1 items and 2 labels" in err[-1] and not (home / "tasks" / "piqa.jsonl").exists()
+    server.files |= {"labels": b"0\n", "piqa": b"<html>not today</html>"}
+    code, _, err = run_script(evaluation.main, [path, "--data", home, "--tasks", "piqa"], monkeypatch, capsys)
+    assert code == 2 and "no JSON" in err[-1] and {p.name for p in (home / "tasks").iterdir()} == {
+        ".lock", "hellaswag.jsonl", "arc_easy.jsonl", "lambada.jsonl"}
 
 
 def test_samples_are_printed_side_by_side(corpus, tmp_path, monkeypatch, capsys):
@@ -1285,7 +1300,26 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_stopped(corpus, tmp_pat
     assert logs[0] == logs[1]
 
 
+def test_checkpoints_asked_for_too_late(corpus, tmp_path, processes):
+    process = processes.Process(target=victim, args=(config(corpus, tmp_path, save_every=0.0, tokens=65536),))
+    process.start()
+    while not (tmp_path / "state.pt").exists() and process.is_alive():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    process.kill()
+    process.join(60)
+    with pytest.raises(distill.ConfigError, match="has passed 128 tokens without"):
+        distill.train(config(corpus, tmp_path, tokens=65536, checkpoints=(128,)))
+
+
 def test_two_runs_in_one_folder(corpus, tmp_path, monkeypatch):
+    (tmp_path / "run" / "below").mkdir(parents=True)
+    mine = [tmp_path / "run" / "mine.tmp", tmp_path / "run" / "below" / "ckpt.pt.7.tmp"]
+    for path in (*mine, tmp_path / "run" / "ckpt.pt.7.tmp"):
+        path.write_text("x")
+    data.lock(tmp_path / "run").close()
+    assert all(path.exists() for path in mine) and not (tmp_path / "run" / "ckpt.pt.7.tmp").exists()
+    shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").mkdir()
     claim = data.lock(tmp_path / "run")
     monkeypatch.setattr(distill, "lock", lambda folder: data.lock(folder, wait=0.3))
@@ -1424,7 +1458,7 @@ def fuzz(corpus, folder, rounds, seed, report):
         return all(sweep.level(r, where) is None or sweep.level(r, where) <= math.inf for r in sweep.read_rows(path) for where in ("in", "out", "tasks"))
 
     kinds = {"checkpoint": (path, checkpoint, None), "checkpoint sealed": (path, checkpoint, lambda b: seal(b[:-66])),
-             "state": (folder / "state.pt", lambda p: distill.unfinished(runs, p, identity, "cpu")["step"] == 3, None),
+             "state": (folder / "state.pt", lambda p: distill.unfinished(runs, p, identity)["step"] == 3, None),
              "bin": (whole / "val.bin", everything, None), "meta": (whole / "meta.json", everything, None),
              "meta sealed": (whole / "meta.json", everything, "meta"), "tokenizer": (whole / "tokenizer.json", everything, None),
              "tokenizer sealed": (whole / "tokenizer.json", everything, "tokenizer"),
@@ -1479,7 +1513,7 @@ def test_files_that_are_damaged_or_hostile(corpus, tmp_path, processes):
     assert all(slowest < 5 for _, slowest in found.values()) and memory < 150 * 2**20
 
 
-def test_checkpoints_made_with_ill_intent(tmp_path):
+def test_checkpoints_made_with_ill_intent(tmp_path, processes):
     """What a seal that fits can't excuse: code, bombs, shapes that the file does not hold."""
     m, path = tiny(), str(tmp_path / "x.pt")
     model.save_checkpoint(path, m)
@@ -1512,7 +1546,26 @@ def test_checkpoints_made_with_ill_intent(tmp_path):
         Path(path).write_bytes(seal(buffer.getvalue()[:-2]))
         with pytest.raises(model.CheckpointError):
             model.load_checkpoint(path)
+    with zipfile.ZipFile(buffer := io.BytesIO(), "w", zipfile.ZIP_DEFLATED) as z:
+        z.writestr("x/data.pkl", bytes(10**9))                # a bomb of a million bytes
+    wide = {**good, "model": {**good["model"], "norm.weight": torch.zeros(1).expand(10**9)}}
+    Path(path).write_bytes(seal(buffer.getvalue()[:-2]))
+    for bad in (None, wide):
+        if bad:
+            model.write_atomically(path, bad)
+        process = processes.Process(target=refused_in_little_memory, args=(path,))
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
     assert not (tmp_path / "called").exists()
+
+
+def refused_in_little_memory(path):
+    import resource
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(model.CheckpointError):
+        model.load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10
 
 
 def test_vocabularies_and_results_that_do_not_fit(corpus, tmp_path):
@@ -1567,7 +1620,7 @@ def test_random_command_lines_end_well(script, rounds, broken, tmp_path, monkeyp
         flags |= {"--data": folders, "--teacher": files, "--out": outs, "--size": ["xs", "s"], "--alpha": ["0.5", "0,1", "0.25,0.5"],
                   "--device": ["cpu", "cuda", "cuda:7", "meta", "cpu:3", "mps"], "--dtype": ["float32", "float16", "int8"]}
         main, kept, fixed = distill.main, {}, ["--data", broken, "--tokens", "8K", "--batch_size", "2", "--block_size", "32", "--compile", "false"]
-        monkeypatch.setattr(distill, "train", lambda c: (distill.set_up(c), distill.unfinished(c, c.out + "/state.pt", {}, "cpu"))[:0])
+        monkeypatch.setattr(distill, "train", lambda c: (distill.set_up(c), distill.unfinished(c, c.out + "/state.pt", {}))[:0])
         monkeypatch.setattr(distill, "profile", distill.set_up)
     elif script == "sweep":
         flags = {"--scale": [*sweep.SCALES], "--data": folders, "--out": outs, "--seeds": ["1", "1,2,3"], "--jobs": ["1", "2", "99"],
