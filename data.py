@@ -30,6 +30,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import sysconfig
 import time
@@ -220,7 +221,13 @@ def shard_tokens(path):
 def fineweb_shards(out_dir, tokens):
     """Download what is missing -> names of the training shards for so many tokens, and the held-out ids."""
     names = [f"edu_fineweb_train_{i:06d}.bin" for i in range(1, 1 + math.ceil(tokens / SHARD))]
-    for name in ["edu_fineweb_val_000000.bin", *names]:
+    wanted = ["edu_fineweb_val_000000.bin", *names]
+    missing = [name for name in wanted if not os.path.exists(os.path.join(out_dir, name))]
+    need, free = len(missing) * 2 * SHARD, shutil.disk_usage(out_dir).free
+    if need > free:
+        raise DataError(f"{len(missing)} shards need {need / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are "
+                        f"free in {out_dir}: fewer --tokens, or another --out")
+    for name in wanted:
         _, _, kind, number = name.removesuffix(".bin").split("_")
         if not os.path.exists(os.path.join(out_dir, name)):
             download(FINEWEB.format(kind, int(number)), os.path.join(out_dir, name))

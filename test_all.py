@@ -1109,6 +1109,10 @@ def test_fineweb_shards_become_a_corpus(library, tmp_path, monkeypatch, capsys):
     assert code == 0, err
     meta = data.load_meta(str(out))
     assert meta["sets"]["train"]["tokens"] == 50_000 and meta["sets"]["train"]["documents"] == 100 and meta["vocab_size"] == 50_304
+    with monkeypatch.context() as patch:
+        patch.setattr(data.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**5))
+        code, _, err = run_script(data.main, ["--corpus", "fineweb-edu", "--out", tmp_path / "big", "--tokens", "60000"], patch, capsys)
+        assert code == 2 and "4 shards need 0.0 GiB of disk" in err[-1] and not list((tmp_path / "big").glob("edu*"))
     assert set(meta["sets"]) == {"train", "val", "ood_wikipedia", "ood_novel", "ood_news", "ood_code"}
     assert not (tmp_path.parent / "evil").exists() and not list(tmp_path.rglob("*.part"))
     assert "A title\nA long, long text" in "".join(documents_of(str(out), "ood_news"))
