@@ -225,8 +225,8 @@ def fineweb_shards(out_dir, tokens):
     missing = [name for name in wanted if not os.path.exists(os.path.join(out_dir, name))]
     need, free = len(missing) * 2 * SHARD, shutil.disk_usage(out_dir).free
     if need > free:
-        raise DataError(f"{len(missing)} shards need {need / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} are "
-                        f"free in {out_dir}: fewer --tokens, or another --out")
+        raise DataError(f"{len(missing)} shards need {need / 2**30:.1f} GiB of disk, and {free / 2**30:.1f} "
+                        f"are free in {out_dir}: fewer --tokens, or another --out")
     for name in wanted:
         _, _, kind, number = name.removesuffix(".bin").split("_")
         if not os.path.exists(os.path.join(out_dir, name)):
@@ -573,18 +573,9 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     """
     if vocab_size < 257:
         raise DataError(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {vocab_size}")
-    shards, held_out, claim = [], None, None
     if corpus in DOWNLOADED:
-        source, vocab_size = sha(f"{corpus} {tokens}"), GPT2_VOCABULARY
-        if meta := made(out_dir, source):
-            return meta
-        ranks, pattern = gpt2_ranks(), GPT2_PATTERN
-        os.makedirs(os.path.join(out_dir, "raw"), exist_ok=True)
-        claim = lock(out_dir, wait=600)                      # held until this function returns
-        if corpus == "fineweb-edu":
-            shards, held_out = fineweb_shards(out_dir, tokens or SHARD)
-        in_domain, out_of_domain = downloaded_corpus(corpus, os.path.join(out_dir, "raw"), tokens)
-    elif corpus == "python":
+        return prepare_download(corpus, out_dir, tokens)
+    if corpus == "python":
         if os.path.exists(os.path.join(out_dir, "meta.json")):
             meta = load_meta(out_dir)
             if (meta["corpus"], meta["asked_vocab_size"]) == (corpus, vocab_size):
@@ -595,58 +586,87 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     else:
         raise DataError(f"unknown corpus {corpus!r}: python, text, {', '.join(DOWNLOADED)}")
     sets = split_documents(in_domain, out_of_domain)
-    for name in (*(() if shards else ("train", "val")), *(f"ood_{key}" for key in out_of_domain)):
-        if not sets.get(name):
-            raise DataError(f"the set {name} came out empty: it needs more text")
-    if corpus not in DOWNLOADED:
-        lines = [f"{key} {name} {sha(text)}" for key, documents in sets.items() for name, text in documents]
-        source = sha("\n".join([str(vocab_size), *lines]))
-        if meta := made(out_dir, source):
-            return meta
-        os.makedirs(out_dir, exist_ok=True)
-        claim = lock(out_dir, wait=600)
-    if meta := made(out_dir, source):                        # another process was faster
+    check_sets(sets, ("train", "val", *(f"ood_{key}" for key in out_of_domain)))
+    lines = [f"{key} {name} {sha(text)}" for key, documents in sets.items() for name, text in documents]
+    source = sha("\n".join([str(vocab_size), *lines]))
+    if meta := made(out_dir, source):
         return meta
-
-    if corpus not in DOWNLOADED:
+    os.makedirs(out_dir, exist_ok=True)
+    with lock(out_dir, wait=600):
+        if meta := made(out_dir, source):                    # another process was faster
+            return meta
         sample, size = [], 0
         for _, text in sets["train"]:
             if size < BPE_BYTES:
                 sample.append(text)
                 size += len(text)
-        ranks, pattern = train_bpe("\n".join(sample)[:BPE_BYTES], vocab_size - 1, PATTERN), PATTERN
+        ranks = train_bpe("\n".join(sample)[:BPE_BYTES], vocab_size - 1, PATTERN)
+        about = {"corpus": corpus, "source": source, "asked_vocab_size": vocab_size}
+        return write_corpus(out_dir, about, ranks, PATTERN, sets)
+
+
+def prepare_download(corpus, out_dir, tokens):
+    """prepare() for one of DOWNLOADED."""
+    source = sha(f"{corpus} {tokens}")
+    if meta := made(out_dir, source):
+        return meta
+    ranks, raw, shards, held_out = gpt2_ranks(), os.path.join(out_dir, "raw"), (), None
+    os.makedirs(raw, exist_ok=True)
+    with lock(out_dir, wait=600):
+        if meta := made(out_dir, source):
+            return meta
+        if corpus == "fineweb-edu":
+            shards, held_out = fineweb_shards(out_dir, tokens or SHARD)
+        in_domain, out_of_domain = downloaded_corpus(corpus, raw, tokens)
+        sets = split_documents(in_domain, out_of_domain)
+        check_sets(sets, (*(() if shards else ("train", "val")), *(f"ood_{key}" for key in out_of_domain)))
+        about = {"corpus": corpus, "source": source, "asked_vocab_size": GPT2_VOCABULARY}
+        return write_corpus(out_dir, about, ranks, GPT2_PATTERN, sets, shards, held_out)
+
+
+def check_sets(sets, names):
+    """Raises DataError if one of these sets has no documents."""
+    for name in names:
+        if not sets.get(name):
+            raise DataError(f"the set {name} came out empty: it needs more text")
+
+
+def write_corpus(out_dir, about, ranks, pattern, sets, shards=(), held_out=None):
+    """
+    Encode sets {name: documents} and write everything into out_dir, meta.json last -> meta. Where the
+    training tokens come as shards, these are their files' names in out_dir, and held_out the ids to evaluate
+    on.
+    """
     encoding = make_encoding(ranks, pattern)
     in_order = sorted(ranks, key=ranks.get)
     tokenizer = json.dumps({"pattern": pattern, "tokens": [base64.b64encode(t).decode() for t in in_order]})
     write(out_dir, "tokenizer.json", tokenizer.encode())
-
-    size = vocab_size if corpus in DOWNLOADED else encoding.n_vocab
+    size = GPT2_VOCABULARY if pattern == GPT2_PATTERN else encoding.n_vocab
     versions = {p: importlib.metadata.version(p) for p in ("torch", "numpy", "tiktoken", "sympy", "networkx")}
-    meta = {"corpus": corpus, "source": source, "fingerprint": None, "tokenizer": sha(tokenizer),
-            "asked_vocab_size": vocab_size, "ids": encoding.n_vocab, "vocab_size": size,
-            "dtype": "uint16" if size <= 65536 else "uint32", "sets": {},
+    meta = {**about, "fingerprint": None, "tokenizer": sha(tokenizer), "ids": encoding.n_vocab,
+            "vocab_size": size, "dtype": "uint16" if size <= 65536 else "uint32", "sets": {},
             "versions": {"python": sys.version.split()[0], **versions}}
+
+    def add(name, ids):
+        write(out_dir, f"{name}.bin", ids.tobytes())
+        meta["sets"][name] = {**numbers_of([ids], encoding), "sha256": sha(ids.tobytes(), 64)}
     if shards:
         paths = [os.path.join(out_dir, name) for name in shards]
         meta["sets"]["train"] = {**numbers_of(map(shard_tokens, paths), encoding), "sha256": "", "shards": [
             {"name": name, "tokens": len(shard_tokens(path)),
              "sha256": contents(path, "uint16", os.stat(path).st_mtime_ns)[0]}
             for name, path in zip(shards, paths)]}
+        add("val", np.array(held_out))
     characters = sum(len(text) for documents in sets.values() for _, text in documents)
     bar = tqdm(total=characters, desc="encoding", unit="B", unit_scale=True, disable=None)
-    for name in ["val"] * bool(shards) + list(sets):
-        if name == "val" and shards:
-            ids = np.array(held_out)
-        else:
-            documents, ids = [text for _, text in sets[name]], []
-            for i in range(0, len(documents), 64):
-                part = documents[i:i + 64]
-                for document in encoding.encode_ordinary_batch(part, num_threads=os.cpu_count() or 1):
-                    ids.append(np.array(document + [encoding.eot_token], dtype=meta["dtype"]))
-                bar.update(sum(map(len, part)))
-            ids = np.concatenate(ids)
-        write(out_dir, f"{name}.bin", ids.tobytes())
-        meta["sets"][name] = {**numbers_of([ids], encoding), "sha256": sha(ids.tobytes(), 64)}
+    for name, documents in sets.items():
+        ids = []
+        for i in range(0, len(documents), 64):
+            texts = [text for _, text in documents[i:i + 64]]
+            for document in encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count() or 1):
+                ids.append(np.array(document + [encoding.eot_token], dtype=meta["dtype"]))
+            bar.update(sum(map(len, texts)))
+        add(name, np.concatenate(ids))
     bar.close()
     meta["fingerprint"] = sha(json.dumps([meta["tokenizer"], meta["sets"]]))
     meta["checksum"] = checksum(meta)

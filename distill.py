@@ -484,25 +484,23 @@ def train(config, on_tokens=None):
     kept = [{"alpha": a, "tokens": c, "path": checkpoint_path(config, a, c)}
             for c in marks.values() for a in config.alpha]
 
-    # a finished run is not repeated, an unfinished one goes on, and another's files are not overwritten
-    identity = {"recipe": recipe(config), "corpus": meta["fingerprint"], "taught_by": fingerprint(teacher)}
-    state_path, log_path = os.path.join(config.out, "state.pt"), os.path.join(config.out, "log.jsonl")
-    if finished(config, kept, identity) and not os.path.exists(state_path):
-        return kept
-    unfinished(config, state_path, identity)
     memory = memory_needed(config, shape, teacher and teacher.config, dtype != torch.float32)
     if teacher:                                              # is in memory already
         memory -= 4 * count_parameters(teacher.config)
     check_room(memory, disk_needed(config, shape) - bytes_of(config.out), device, config.out)
+    # a finished run is not repeated, an unfinished one goes on, and another's files are not overwritten
     if rank == 0:
-        for k in kept:
-            os.makedirs(os.path.dirname(k["path"]), exist_ok=True)
+        os.makedirs(config.out, exist_ok=True)
         claim = lock(config.out)                              # ours until this function returns
-    if finished(config, kept, identity):                      # another process was faster, or died at its end
-        if rank == 0 and os.path.exists(state_path):
-            os.remove(state_path)
+    identity = {"recipe": recipe(config), "corpus": meta["fingerprint"], "taught_by": fingerprint(teacher)}
+    state_path, log_path = os.path.join(config.out, "state.pt"), os.path.join(config.out, "log.jsonl")
+    if finished(config, kept, identity):
+        if rank == 0:                                        # left by a run that was killed at its end
+            Path(state_path).unlink(missing_ok=True)
         return kept
     state = unfinished(config, state_path, identity)
+    for path in {os.path.dirname(k["path"]) for k in kept}:
+        os.makedirs(path, exist_ok=True)
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step = state["step"] if state else 0
     for done, tokens in marks.items():                       # asked for since then
