@@ -511,8 +511,16 @@ def findings(g):
     claim = "A stronger teacher saturates or reverses the gain"
     most = max(n for _, n in g.teachers)                     # along size at the most tokens, and along tokens
     paths = [[t for t in g.teachers if t[1] == most]] + [[t for t in g.teachers if t[0] == s] for s in SIZES]
-    steps, seen = [], False
-    for path in [p for p in paths if len(p) > 1]:
+    steps, seen, weaker = [], False, set()
+    for everyone in paths:
+        path = []                                            # only teachers stronger than those before them
+        for t in everyone:
+            if path and g.weakness[t] >= g.weakness[path[-1]]:
+                weaker.add(name(t))
+            else:
+                path.append(t)
+        if len(path) < 2:
+            continue
         best = [g.best(t, "out") for t in path]
         last = [best[-1][seed] - best[-2][seed] for seed in g.base]
         top = path[max(range(len(path)), key=lambda i: sum(best[i].values()))]
@@ -522,7 +530,8 @@ def findings(g):
         steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest "
                      f"with {name(top)})")
     second = (f"{verdict(claim, list(g.base), seen)} The best gain out of distribution: "
-              f"{'; '.join(steps) or 'teachers of one size and budget only'}.")
+              f"{'; '.join(steps) or 'teachers of one size and budget only'}."
+             + f" Left out, being no stronger than a smaller one: {', '.join(sorted(weaker))}." * bool(weaker))
 
     claim = "Generalisation improves before in-domain fit"
     cells = [(t, alpha) for t in g.teachers for alpha in g.cells[t]]
@@ -543,10 +552,11 @@ chosen for each teacher by the mean loss out of distribution on the `select` hal
 the `report` halves, but of the same trained students, so choosing still flatters the best a little. 1: of
 the teachers whose own in-domain loss is above the baseline's, the most helpful on the select halves gives a
 gain out of distribution or downstream whose interval lies above zero. 2: along teacher size (at the largest
-budget) or teacher tokens, the best gain is not the strongest teacher's, or its last step adds nothing beyond
-its interval (saturates: no evidence of growth, which noise makes likelier) or is reliably below zero
-(reverses). 3: the relative gain out of distribution, averaged over all cells, exceeds that in domain, and
-the interval of the difference lies above zero. Below three seeds there is no verdict, only what was seen.
+budget) or teacher tokens, as far as the teachers' own loss falls, the best gain is not the strongest
+teacher's, or its last step adds nothing beyond its interval (saturates: no evidence of growth, which noise
+makes likelier) or is reliably below zero (reverses). 3: the relative gain out of distribution, averaged
+over all cells, exceeds that in domain, and the interval of the difference lies above zero. Below three
+seeds there is no verdict, only what was seen.
 """
 
 
@@ -714,7 +724,9 @@ def draw(g, path):
         line(by_alpha, alphas, [g.gain(t, a, "out") for a in alphas], f"{name(t)} ({g.weakness[t]:+.2f})",
              ls=dash[t[1]], **look)
         x, y = ([interval(g.gain(t, a, w).values())[0] for a in alphas] for w in ("in", "out"))
-        both.plot(x, y, label=name(t), ls="none", fillstyle="full" if t[1] == budgets[0] else "none", **look)
+        longest = t[1] == g.scale.teachers[t[0]][-1]
+        both.plot(x, y, label=t[0] if longest else None, ls="none", fillstyle="full" if longest else "none",
+                  **look)
     for n in budgets:
         path_ = [t for t in g.teachers if t[1] == n]
         x = [parameters[size] for size, _ in path_]
@@ -741,7 +753,11 @@ def draw(g, path):
     for axis in axes.flat:
         axis.axhline(0, color="grey", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, title="teacher (weakness)" if axis is by_alpha else None, title_fontsize=8)
+        axis.legend(fontsize=8)
+    many = len(g.teachers) > 8
+    by_alpha.legend(fontsize=7 if many else 8, ncols=1 + many, loc="lower left", title="teacher (weakness)",
+                    title_fontsize=8)
+    both.legend(fontsize=8, title="filled: its last budget", title_fontsize=8)
     seeds = f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
     figure.suptitle(f"Distilling into the {g.size} student: gain over training alone, {seeds}")
     for ending in ("png", "svg"):

@@ -880,6 +880,12 @@ def test_verdicts_on_made_up_results():
     assert "from m@8 to l@8 it reverses (-0.020" in text[1] and "xs@8 at alpha 0.25" in text[2] and "xs@8, whose own" in text[0]
 
 
+def test_a_larger_teacher_that_is_no_stronger_is_left_out_of_the_second_finding():
+    others = {k: v for k, v in PAPER_LIKE.items() if k[0] != "l"}
+    text = sweep.findings(gains_of(made_up({**others, ("l", 8, 2.3): {0.25: (0.0, 0.0)}}, noise=0)))[1]
+    assert "from s@8 to m@8" in text and "Left out, being no stronger than a smaller one: l@8." in text
+
+
 def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
     rows = made_up({("m", 8, 2.2): {0.25: (0.1, 0.10), 1.0: (0.2, 0.20)}}, noise=0)
     for row in rows:
