@@ -530,8 +530,9 @@ def findings(g):
         steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest "
                      f"with {name(top)})")
     second = (f"{verdict(claim, list(g.base), seen)} The best gain out of distribution: "
-              f"{'; '.join(steps) or 'teachers of one size and budget only'}."
-             + f" Left out, being no stronger than a smaller one: {', '.join(sorted(weaker))}." * bool(weaker))
+              f"{'; '.join(steps) or 'teachers of one size and budget only'}.")
+    if weaker:
+        second += f" Left out, being no stronger than a smaller one: {', '.join(sorted(weaker))}."
 
     claim = "Generalisation improves before in-domain fit"
     cells = [(t, alpha) for t in g.teachers for alpha in g.cells[t]]
