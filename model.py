@@ -292,8 +292,7 @@ def read_sealed(path, device="cpu"):
                 raise ValueError
             with zipfile.ZipFile(f) as z:
                 entries = z.infolist()
-                if (sum(e.file_size for e in entries) > size
-                        or any(e.compress_type != zipfile.ZIP_STORED for e in entries)):
+                if sum(e.file_size for e in entries) > size:
                     raise ValueError
                 pickle = next(z.read(e) for e in entries if e.filename.endswith("/data.pkl"))
             operations = pickletools.genops(pickle)

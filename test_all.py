@@ -1708,7 +1708,7 @@ D, E, S, P = distill.main, evaluation.main, sweep.main, data.main
     (D, "--checkpoints 4M", "checkpoints"), (D, "--batch_size 0", "batch_size"), (D, "--lr -1", "lr"), (D, "--lr nan", "lr"),
     (D, "--seed -1", "seed"), (D, "--compile maybe", "neither true nor false"), (D, "--dtype int8", "dtype"),
     (D, "--top_k -1", "top_k"), (D, "--top_p 0", "top_p"), (D, "--top_k 2 --top_p 0.5", "exclude"), (D, "--other true", "needs"),
-    (D, "--hard true --top_k 2", "hard"), (D, "--data {corpus} --device cuda:99", "device"), (D, "--data {corpus} --device bananas", "device"), (D, "--accumulate 1.5", "accumulate"),
+    (D, "--hard true --top_k 2", "hard"), (D, "--data {corpus} --device cuda:99", "device"), (D, "--data {corpus} --device bananas", "device"), (D, "--data {corpus} --device meta", "device"), (D, "--accumulate 1.5", "accumulate"),
     (D, "--data empty", "meta.json"), (D, "--data absent", "meta.json"), (D, "--data cut", "train.bin"),
     (D, "--data bad_meta", "damaged"), (D, "--data {corpus} --batch_size 100000 --tokens 100M", "fewer than one batch"),
     (D, "--data {corpus} --teacher absent.pt --alpha 0.5", "no checkpoint"),
