@@ -214,6 +214,7 @@ def start_worker(threads, counter, parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches all processes; train() catches it
     torch.set_num_threads(threads)
     report_flops = counter.put
+    counter.cancel_join_thread()                             # a report that nobody reads must not keep it alive
 
     def follow():                                            # a killed sweep takes its workers with it
         while os.getppid() == parent:
@@ -311,8 +312,13 @@ def run_tasks(todo, scale, configs, corpus, jobs, save):
     except BrokenProcessPool:
         raise ConfigError("a worker was killed, perhaps for its memory: try fewer --jobs") from None
     except BaseException:
-        for worker in multiprocessing.active_children():      # they save their state on SIGTERM
+        workers, until = multiprocessing.active_children(), time.time() + 20
+        for worker in workers:                                # they save their state on SIGTERM
             worker.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:                                # one that died with a lock in hand blocks others
+            worker.join(max(0, until - time.time()))
+            worker.kill()
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
