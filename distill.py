@@ -738,7 +738,8 @@ def profile(config, blocks=15, calls=5):
     device, dtype, _, batches, shape, teacher = set_up(config)
     student = Student(shape, config.alpha[-1], config, device, dtype)
     fn, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
-    hidden, (x, y) = fn(student.model.hidden), (part.to(device) for part in batches[0])
+    student.hidden, student.loss_fn = fn(student.model.hidden), loss_fn
+    x, y = (part.to(device) for part in batches[0])
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
@@ -748,27 +749,32 @@ def profile(config, blocks=15, calls=5):
 
     def states():
         with autocast:
-            return hidden(x)
+            return student.hidden(x)
 
-    def loss(h, *known):
+    def loss():
         with autocast:
             return loss_fn(h, student.head, y, student.alpha_t, *known, config.temperature)[0]
+
+    def backward(target):                                    # and what it needs: forward and loss
+        with autocast:
+            loss = student(x, y, target)
+        student.scaler.scale(loss).backward()
 
     def update():
         clip_grad_norm_(student.model.parameters(), student.grad_clip)
         student.optimizer.step()
 
-    def step(*known):
-        student.scaler.scale(loss(states(), *known)).backward()
+    def step(target):
+        backward(target)
         student.clip_and_step(config.lr)
 
     known, h, n = target(), states().detach().requires_grad_(), x.numel()
     side = 4096 if device.type == "cuda" else 1024
     a = torch.randn(side, side, device=device, dtype=dtype)
     calls_of = {"data": lambda: batches[torch.randint(1000, ()).item()], "teacher forward": target,
-                "student forward": states, "loss": lambda: loss(h, *known),
-                "backward": lambda: loss(states(), *known).backward(), "optimizer": update,
-                "whole": lambda: step(*target()), "plain": lambda: step(None, None), "product": lambda: a @ a}
+                "student forward": states, "loss": loss, "backward": lambda: backward(known),
+                "optimizer": update, "whole": lambda: step(target()), "plain": lambda: step((None, None)),
+                "product": lambda: a @ a}
     times = {part: [] for part in calls_of}
     for block in range(blocks + 1):
         for part, call in calls_of.items():

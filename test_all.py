@@ -613,6 +613,18 @@ def test_two_ranks_equal_one_and_stop_together(corpus, tmp_path):
     assert bad.returncode != 0 and "cannot be shared by 2 ranks" in bad.stderr and not (tmp_path / "bad").exists()
 
 
+@pytest.mark.parametrize("taught", [True, False])
+def test_profile_prints_where_the_time_goes(taught, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(distill, "profile", functools.partial(distill.profile, blocks=2, calls=1))
+    argv = ["--profile", "--data", corpus, "--size", "xs", "--batch_size", "4", "--block_size", "32", "--compile", "false", "--out", tmp_path / "run"]
+    if taught:
+        argv += ["--teacher", distill.train(config(corpus, tmp_path / "t"))[0]["path"], "--alpha", "0.5"]
+    code, out, err = run_script(distill.main, argv, monkeypatch, capsys, distill.ConfigError)
+    parts = ["data", "teacher forward", "student forward", "loss", "backward", "optimizer", "whole step", "whole / floor", "FLOP/s", "peak memory"]
+    assert code == 0 and [line[:16].strip() for line in out.splitlines()] == parts and not (tmp_path / "run").exists(), (out, err)
+    assert (float(out.splitlines()[1].split()[2]) > 0) == taught
+
+
 def test_every_field_is_a_flag_with_its_default():
     assert distill.parse_config([]) == (False, distill.Config())
     assert {f.name for f in fields(distill.Config)} >= {"teacher", "alpha", "temperature", "tokens", "seed", "compile"}
