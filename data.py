@@ -161,7 +161,8 @@ TEXTS = {                           # name -> address, and the file inside where
     "news": (f"{GITHUB}/mhjabreel/CharCnn_Keras/master/data/ag_news_csv/test.csv", ""),
 }
 DOWNLOADED = ("fineweb-edu", "tinystories", "shakespeare")
-SHARD = 100_000_000                 # tokens of a fineweb-edu shard
+SHARD = 100_000_000                 # tokens of a fineweb-edu shard,
+HEADER = 1024                       # which follow so many bytes
 HELD_OUT = 4_000_000                # tokens kept of its validation shard
 
 
@@ -203,8 +204,9 @@ def download(url, path, tries=8, pause=1.0):
                 wait = min(600.0, max(wait, float(e.headers["Retry-After"])))
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as e:
             error = str(getattr(e, "reason", e))
-        print(f"{url}: {error}; trying again in {wait:.0f} s" if attempt < tries - 1 else "", file=sys.stderr)
-        time.sleep(wait if attempt < tries - 1 else 0)
+        if attempt < tries - 1:
+            print(f"{url}: {error}; trying again in {wait:.0f} s", file=sys.stderr)
+            time.sleep(wait)
     raise DataError(f"cannot download {url}: {error}. The same command goes on from what has come")
 
 
@@ -212,10 +214,10 @@ def shard_tokens(path):
     """The ids of a fineweb-edu shard as a memory map, its header and length checked. Raises DataError."""
     size = os.path.getsize(path)
     header = np.fromfile(path, "<i4", 256)
-    if (size < 1024 or (header[0], header[1]) != (20240520, 1)
-            or size != 1024 + 2 * int(header[2]) or header[2] < 1):
+    if (size < HEADER or (header[0], header[1]) != (20240520, 1)
+            or size != HEADER + 2 * int(header[2]) or header[2] < 1):
         raise DataError(f"{path} is no shard of tokens, or cut short: delete it and start again")
-    return np.memmap(path, "<u2", "r", offset=1024)
+    return np.memmap(path, "<u2", "r", offset=HEADER)
 
 
 def fineweb_shards(out_dir, tokens):
@@ -229,7 +231,7 @@ def fineweb_shards(out_dir, tokens):
                         f"are free in {out_dir}: fewer --tokens, or another --out")
     for name in wanted:
         _, _, kind, number = name.removesuffix(".bin").split("_")
-        if not os.path.exists(os.path.join(out_dir, name)):
+        if name in missing:
             download(FINEWEB.format(kind, int(number)), os.path.join(out_dir, name))
         shard_tokens(os.path.join(out_dir, name))
     return names, shard_tokens(os.path.join(out_dir, "edu_fineweb_val_000000.bin"))[:HELD_OUT]
@@ -458,13 +460,13 @@ def load_meta(data_dir):
 
 
 @functools.lru_cache(maxsize=4096)
-def contents(path, dtype, modified):
-    """-> sha256 and largest id of a .bin, read once a process and version of the file."""
+def contents(path, dtype, modified, header=0):
+    """-> sha256 and largest id of a .bin, its ids after the header, read once a process and version."""
     digest, largest = hashlib.sha256(), -1
     with open(path, "rb") as f:
         while part := f.read(2**24):
             digest.update(part)
-            start = 1024 if largest < 0 and os.path.basename(path).startswith("edu_fineweb_") else 0
+            start = header if largest < 0 else 0             # the first part has it
             largest = max(largest, int(np.frombuffer(part, dtype, offset=start).max(initial=0)))
     return digest.hexdigest(), largest
 
@@ -475,7 +477,7 @@ def checked(path, tokens, digest, meta, header=0):
     if not tokens or not os.path.isfile(path) or os.path.getsize(path) != expected:
         raise DataError(f"{path} is missing or not {expected:,} bytes long: delete its folder and make it "
                         "again with data.py")
-    found, largest = contents(path, meta["dtype"], os.stat(path).st_mtime_ns)
+    found, largest = contents(path, meta["dtype"], os.stat(path).st_mtime_ns, header)
     if found != digest or largest >= meta["ids"]:
         raise DataError(f"{path} is damaged: delete its folder and make it again with data.py")
     return np.memmap(path, dtype=meta["dtype"], mode="r", offset=header)
@@ -489,7 +491,7 @@ def load_shards(path):
         raise DataError(f"{path} is not a set of this corpus, which has {', '.join(meta['sets'])}")
     s = meta["sets"][name]
     if "shards" in s:
-        return [checked(os.path.join(folder, x["name"]), x["tokens"], x["sha256"], meta, 1024)
+        return [checked(os.path.join(folder, x["name"]), x["tokens"], x["sha256"], meta, HEADER)
                 for x in s["shards"]]
     return [checked(path, s["tokens"], s["sha256"], meta)]
 
@@ -654,7 +656,7 @@ def write_corpus(out_dir, about, ranks, pattern, sets, shards=(), held_out=None)
         paths = [os.path.join(out_dir, name) for name in shards]
         meta["sets"]["train"] = {**numbers_of(map(shard_tokens, paths), encoding), "sha256": "", "shards": [
             {"name": name, "tokens": len(shard_tokens(path)),
-             "sha256": contents(path, "uint16", os.stat(path).st_mtime_ns)[0]}
+             "sha256": contents(path, meta["dtype"], os.stat(path).st_mtime_ns, HEADER)[0]}
             for name, path in zip(shards, paths)]}
         add("val", np.array(held_out))
     characters = sum(len(text) for documents in sets.values() for _, text in documents)

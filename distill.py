@@ -593,8 +593,8 @@ def train(config, on_tokens=None):
             signal.signal(s, handler)
         bar.close()
         log.close()
-    if rank == 0 and os.path.exists(state_path):
-        os.remove(state_path)
+    if rank == 0:
+        Path(state_path).unlink(missing_ok=True)
     if world > 1:                                             # the files are there for every rank
         dist.barrier()
     return kept
@@ -828,9 +828,9 @@ def main():
     kept = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()
-    for checkpoint in kept if ranks()[0] == 0 else ():
-        print(f"alpha {checkpoint['alpha']:g} at {short(checkpoint['tokens'])} tokens: {checkpoint['path']}")
     if ranks()[0] == 0:
+        for k in kept:
+            print(f"alpha {k['alpha']:g} at {short(k['tokens'])} tokens: {k['path']}")
         print(f"{time.time() - start:.0f} s; next: python eval.py CHECKPOINTS")
 
 

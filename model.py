@@ -350,9 +350,10 @@ def to_hf(path, folder, data_dir):
     model, about = load_checkpoint(path)
     try:
         with open(os.path.join(data_dir, "tokenizer.json"), encoding="utf-8") as f:
-            saved = f.read()
-        tokens = [base64.b64decode(token) for token in json.loads(saved)["tokens"]]
-        if hashlib.sha256(saved.encode()).hexdigest()[:16] != about.get("tokenizer"):
+            text = f.read()
+        saved = json.loads(text)
+        tokens, pattern = [base64.b64decode(token) for token in saved["tokens"]], saved["pattern"]
+        if hashlib.sha256(text.encode()).hexdigest()[:16] != about.get("tokenizer"):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{data_dir} does not have the tokenizer of {path}: give its corpus "
@@ -376,8 +377,7 @@ def to_hf(path, folder, data_dir):
         return "".join(character[b] for b in token)
     end = {"content": "<|endoftext|>", "lstrip": False, "rstrip": False, "normalized": False,
            "single_word": False, "special": True}
-    split = {"type": "Split", "pattern": {"Regex": json.loads(saved)["pattern"]},
-             "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,

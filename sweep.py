@@ -214,7 +214,7 @@ def start_worker(threads, counter, parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C reaches all processes; train() catches it
     torch.set_num_threads(threads)
     report_flops = counter.put
-    counter.cancel_join_thread()                             # a report that nobody reads must not keep it alive
+    counter.cancel_join_thread()                             # what nobody reads must not keep it alive
 
     def follow():                                            # a killed sweep takes its workers with it
         while os.getppid() == parent:
@@ -316,7 +316,7 @@ def run_tasks(todo, scale, configs, corpus, jobs, save):
         for worker in workers:                                # they save their state on SIGTERM
             worker.terminate()
         pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:                                # one that died with a lock in hand blocks others
+        for worker in workers:                                # one that died with a lock blocks others
             worker.join(max(0, until - time.time()))
             worker.kill()
         raise
@@ -407,7 +407,8 @@ class Gains:
     """What students of one size gained over the alpha = 0 baseline of the same seed."""
 
     def __init__(self, rows, size, scale):
-        self.size, self.scale, self.tokens, everything = size, scale, scale.students[size], rows
+        self.size, self.scale, self.tokens = size, scale, scale.students[size]
+        self.ablated = [r for r in rows if r.get("ablation")]
         rows = [r for r in rows if not r.get("ablation")]
         students = [r for r in rows if r["kind"] == "student" and r["size"] == size]
         self.alone = [r for r in students if not r["teacher"]]
@@ -422,7 +423,6 @@ class Gains:
                     for t in self.teachers}
         self.weakness = {t: self.mean(self.own[t], "in") - self.mean(self.base.values(), "in")
                          for t in self.teachers}
-        self.ablated = [r for r in everything if r.get("ablation")]
         self.wheres = [w for w in ("in", "out", "tasks") if level(self.alone[0], w) is not None]
 
     def mean(self, rows, where):
