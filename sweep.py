@@ -508,9 +508,18 @@ def findings(g):
         seen = any(lower(best[w]) > 0 for w in g.wheres if w != "in")
         points = [100 * v for v in best.get("tasks", ())]
         tasks = f", {show(points, 1)} points on the tasks" if points else ""
+        weak = [t for t in g.teachers if g.weakness[t] > 0]
+        helpful = [t for t in weak if lower(g.best(t, "out").values()) > 0]
         first = (f"{verdict(claim, best['in'], seen)} {name(t)}, whose own loss is {g.weakness[t]:.3f} above "
                  f"what the student reaches alone, gives it {show(best['out'])} nats out of distribution, "
-                 f"{show(best['in'])} in domain{tasks}, at alpha {g.best_alpha(t):g}.")
+                 f"{show(best['in'])} in domain{tasks}, at alpha {g.best_alpha(t):g}. Weaker teachers "
+                 f"that help out of distribution{', beyond their interval' * (len(g.base) > 2)}: "
+                 f"{len(helpful)} of {len(weak)}")
+        if helpful:
+            weakest = max(helpful, key=g.weakness.get)
+            first += (f"; the weakest of these is {name(weakest)}, {g.weakness[weakest]:.3f} above "
+                      f"({show(g.best(weakest, 'out').values())})")
+        first += "."
     else:
         first = f"**{claim}: not tested**, for no teacher here is weaker than the student alone."
 
@@ -640,68 +649,79 @@ def ablation_report(g):
             taught = [r for r in same if r["kind"] == "student" and r["alpha"] == alpha
                       and r["teacher"] == {"size": a.teacher, "tokens": a.tokens}]
             gain = [show(level(g.base[r["seed"]], w) - level(r, w) for r in taught) for w in ("in", "out")]
-            plain = []                                       # the same cell of the main runs, if it is one
-            if alpha in g.cells.get(t, {}):
-                plain = [show(g.gain(t, alpha, w).values()) for w in ("in", "out")]
-            rows.append([a.name, name(t), f"{g.mean(own, 'in'):.3f}", f"{alpha:g}", " / ".join(gain),
-                         " / ".join(plain) or "-"])
+            loss, plain = g.mean(own, "in"), "-"
+            like = min(g.own, key=lambda u: (u[0] != t[0], abs(g.mean(g.own[u], "in") - loss)))
+            if t in g.cells:                                 # the same cell of the main runs, if it is one
+                like = t
+            if alpha in g.cells[like] and abs(g.mean(g.own[like], "in") - loss) < 0.1:
+                plain = " / ".join(show(g.gain(like, alpha, w).values()) for w in ("in", "out"))
+                if like != t:
+                    plain += f" ({name(like)}, {g.mean(g.own[like], 'in'):.3f})"
+            rows.append([a.name, name(t), f"{loss:.3f}", f"{alpha:g}", " / ".join(gain), plain])
     return "\n".join([
         "## Doubts", "",
         "Cells in which one thing is changed: gain in domain / out of distribution, and the same cell "
-        "without the change. An annealed teacher is one whose learning rate came down; compare it with the "
-        "checkpoint of the longer run that has about its loss.", "",
+        "without the change. An annealed teacher is one whose learning rate came down; beside it stands the "
+        "checkpoint on the way of a longer run that has about its loss.", "",
         *table(["change", "teacher", "its loss", "alpha", "gain", "without"], rows)])
 
 
 def tokens_report(g, data, config):
     """
-    Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who:
-    token_gains()}), empty where the checkpoints are not on this machine. config(task) is the Config of a
-    task.
+    Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who: (token_gains()
+    out of distribution of each seed)}), empty where the checkpoints are not on this machine. config(task) is
+    the Config of a task.
     """
-    seed, found = min(g.base), {}
-    device = pick_device(config(Task("student", g.size, (g.tokens,), seed)))[0]
-
-    def config_for(teacher, seed):
+    def model(seed, teacher=None, alpha=0.0):
         taught = {}
         if teacher:
-            size, budget = teacher
-            taught_by = Task("teacher", size, g.scale.teachers[size], 1000 + seed)
-            taught = dict(teacher=taught_by, at=budget, alphas=tuple(g.cells[teacher]))
-        return config(Task("student", g.size, (g.tokens,), seed, **taught))
+            taught = dict(teacher=by(seed, teacher), at=teacher[1], alphas=tuple(g.cells[teacher]))
+        return load(Task("student", g.size, (g.tokens,), seed, **taught), alpha)
 
-    def model(teacher, alpha, seed=seed):
-        return load_checkpoint(checkpoint_path(config_for(teacher, seed), alpha), device)[0]
+    def by(seed, teacher):
+        return Task("teacher", teacher[0], g.scale.teachers[teacher[0]], 1000 + seed)
+
+    def load(task, alpha=0.0, tokens=None):
+        return load_checkpoint(checkpoint_path(config(task), alpha, tokens), device)[0]
+    device, seeds, found = pick_device(config(by(0, g.teachers[0])))[0], sorted(g.base), {}
+    strongest = min(g.teachers, key=g.weakness.get)
     try:
-        base = model(None, 0.0)
-        for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)]):
-            alpha = g.best_alpha(t)
-            teacher = load_checkpoint(config_for(t, seed).teacher, device)[0]
-            who = f"from {name(t)}, alpha {alpha:g}"
-            found[who] = token_gains(base, model(t, alpha), teacher, data, g.scale.windows)
-        if len(g.base) > 1:
-            other = model(None, 0.0, max(g.base))
-            found["no teacher, another seed"] = token_gains(base, other, teacher, data, g.scale.windows)
+        for i, seed in enumerate(seeds):
+            base = model(seed)
+            for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], strongest]):
+                teacher = load(by(seed, t), tokens=t[1])
+                pairs = {f"from {name(t)}, alpha {g.best_alpha(t):g}": model(seed, t, g.best_alpha(t))}
+                if t == strongest and len(seeds) > 1:        # what differs without any teaching
+                    pairs["no teacher, another seed"] = model(seeds[i - 1])
+                for who, student in pairs.items():
+                    gains = token_gains(base, student, teacher, data, g.scale.windows)["out"]
+                    found.setdefault(who, []).append(gains)
     except CheckpointError:
         return "", {}
-    encoding = load_tokenizer(data)
     rows = []
-    for who, x in ((who, x["out"]) for who, x in found.items()):
-        parts = [f"{share * gain:+.4f} ({share:.0%})" for share, gain in x["groups"].values()]
-        rows.append([who, f"{x['gain']:+.4f}", *parts, *(f"{x['deciles'][i][1]:+.3f}" for i in (0, -1))])
+    for who, all_seeds in found.items():
+        parts = []
+        for group in all_seeds[0]["groups"]:
+            shares, gains = zip(*(x["groups"][group] for x in all_seeds))
+            parts.append(f"{show(a * b for a, b in zip(shares, gains))} ({interval(shares)[0]:.0%})")
+        ends = (show(x["deciles"][i][1] for x in all_seeds) for i in (0, -1))
+        rows.append([who, show(x["gain"] for x in all_seeds), *parts, *ends])
     text = ["## Which tokens gain", "",
-            f"Out of distribution, seed {seed}: the whole gain and its four parts by who predicts the token "
-            "right (argmax), with their shares of the tokens; then the mean gain on the easiest and the "
-            "hardest tenth of the tokens, by the baseline's loss. That sorting alone makes any second model "
-            "look better on the hard ones: compare with another seed where there is one.", ""]
-    groups = next(iter(found.values()))["out"]["groups"]
-    text += table(["student", "gain", *groups, "easiest", "hardest"], rows)
-    writers = {f"the strongest teacher, {name(t)}": teacher, "the student alone": base,
-               f"the student from {name(t)}": model(t, g.best_alpha(t))}
+            "Out of distribution: the whole gain and its four parts by who predicts the token right "
+            "(argmax), with their shares of the tokens; then the mean gain on the easiest and the hardest "
+            "tenth of the tokens, by the baseline's loss. That sorting alone makes any second model look "
+            "better on the hard ones: compare with another seed, where there is one (its groups are by the strongest "
+            "teacher).", ""]
+    text += table(["student", "gain", *all_seeds[0]["groups"], "easiest", "hardest"], rows)
+    encoding, seed = load_tokenizer(data), seeds[0]
+    writers = {f"the strongest teacher, {name(strongest)}":
+               load(by(seed, strongest), tokens=strongest[1]),
+               "the student alone": model(seed),
+               f"the student from {name(strongest)}": model(seed, strongest, g.best_alpha(strongest))}
     ids = load_tokens(evaluation_sets(data)["in_domain"])[:2000].tolist()    # a line of a held-out document
     prompt = next((line for line in encoding.decode(ids).split("\n") if len(line) > 20), "")[:20]
     text += ["## What they write", "", "After the first 20 characters of a held-out line, one draw each, at "
-             "temperature 0.8 among the 50 likeliest tokens:", ""]
+             f"temperature 0.8 among the 50 likeliest tokens (seed {seed}):", ""]
     for who, writer in writers.items():
         text += [f"{who}:", "", *(f"    {line}" for line in sample(writer, encoding, prompt).split("\n")), ""]
     return "\n".join(text), found
@@ -714,7 +734,7 @@ def draw(g, path):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import NullLocator
     figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
-    by_alpha, by_size, by_tokens, both = axes.flat
+    by_strength, by_size, by_tokens, both = axes.flat
     sizes, budgets = list(g.scale.teachers), sorted({n for _, n in g.teachers}, reverse=True)
     shade = {s: plt.cm.viridis(0.85 * i / max(1, len(sizes) - 1)) for i, s in enumerate(sizes)}
     marker = dict(zip(sizes, "os^DvP"))
@@ -724,21 +744,30 @@ def draw(g, path):
     def line(axis, x, groups, label, **style):
         points = [interval(v.values()) for v in groups]
         error = [half for _, half in points] if len(g.base) > 1 else None
-        axis.errorbar(x, [mean for mean, _ in points], error, label=label, capsize=3, markersize=5, **style)
+        axis.errorbar(x, [mean for mean, _ in points], error, label=label, capsize=3, elinewidth=0.8,
+                      markersize=5, **style)
 
+    alphas = sorted({a for t in g.teachers for a in g.cells[t]})
+    by_loss = sorted(g.teachers, key=g.weakness.get)
+    for i, alpha in enumerate(alphas):
+        taught = [t for t in by_loss if alpha in g.cells[t]]
+        line(by_strength, [g.weakness[t] for t in taught], [g.gain(t, alpha, "out") for t in taught],
+             f"{alpha:g}", marker="os^DvP"[i % 6], color=plt.cm.plasma(0.85 * i / max(1, len(alphas) - 1)))
+    by_strength.plot([g.weakness[t] for t in by_loss],
+                     [interval(g.best(t, "out").values())[0] for t in by_loss], "o", markersize=11,
+                     fillstyle="none", color="black", label="chosen")
     for t in g.teachers:
-        alphas, look = sorted(g.cells[t]), dict(color=shade[t[0]], marker=marker[t[0]])
-        line(by_alpha, alphas, [g.gain(t, a, "out") for a in alphas], f"{name(t)} ({g.weakness[t]:+.2f})",
-             ls=dash[t[1]], **look)
-        x, y = ([interval(g.gain(t, a, w).values())[0] for a in alphas] for w in ("in", "out"))
+        x, y = ([interval(g.gain(t, a, w).values())[0] for a in g.cells[t]] for w in ("in", "out"))
         longest = t[1] == g.scale.teachers[t[0]][-1]
         both.plot(x, y, label=t[0] if longest else None, ls="none", fillstyle="full" if longest else "none",
-                  **look)
+                  color=shade[t[0]], marker=marker[t[0]])
     for n in budgets:
         path_ = [t for t in g.teachers if t[1] == n]
         x = [parameters[size] for size, _ in path_]
         line(by_size, x, [g.best(t, "out") for t in path_], f"{short(n)} tokens", ls=dash[n], color="black",
              marker="o")
+    by_size.plot(list(parameters.values()), [g.plain_gain((s, 0), "out") for s in sizes], "--",
+                 color="tab:red", label="no teacher, same compute")
     for s in sizes:
         path_ = [t for t in g.teachers if t[0] == s]
         line(by_tokens, [n for _, n in path_], [g.best(t, "out") for t in path_], s, color=shade[s],
@@ -750,7 +779,10 @@ def draw(g, path):
         axis.set_xticks(ticks, labels)
         axis.xaxis.set_minor_locator(NullLocator())
     outside = "gain out of distribution (nats/token)"
-    by_alpha.set(title="Gain against alpha", xlabel="alpha", ylabel=outside)
+    by_strength.set(title="Gain against the teacher's own loss, for each alpha", ylabel=outside,
+                    xlabel="teacher's loss minus the student's alone (nats); stronger: to the right")
+    by_strength.invert_xaxis()
+    by_strength.axvline(0, color="grey", lw=0.8)
     by_size.set(title="Best gain against teacher size", xlabel="teacher (parameters)", ylabel=outside)
     by_tokens.set(title="Best gain against teacher tokens", xlabel="teacher (tokens)", ylabel=outside)
     both.set(title="Every cell: above the dotted line, more is gained outside", ylabel=outside,
@@ -761,9 +793,7 @@ def draw(g, path):
         axis.axhline(0, color="grey", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.legend(fontsize=8)
-    many = len(g.teachers) > 8
-    by_alpha.legend(fontsize=7 if many else 8, ncols=1 + many, loc="lower left", title="teacher (weakness)",
-                    title_fontsize=8)
+    by_strength.legend(fontsize=8, title="alpha", title_fontsize=8)
     both.legend(fontsize=8, title="filled: its last budget", title_fontsize=8)
     seeds = f"{len(g.base)} seed{'s' * (len(g.base) > 1)}"
     figure.suptitle(f"Distilling into the {g.size} student: gain over training alone, {seeds}")
@@ -779,12 +809,16 @@ def draw_tokens(found, size, path):
     import matplotlib.pyplot as plt
     figure, (tenths, groups) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     width = 0.8 / len(found)
-    for k, (who, x) in enumerate(found.items()):
+    for k, (who, seeds) in enumerate(found.items()):
         look = dict(color=plt.cm.viridis(0.85 * k / max(1, len(found) - 1)), label=who)
-        tenths.plot(range(1, 11), [gain for _, gain in x["out"]["deciles"]], "-" + "os^"[k], **look)
-        parts = [share * gain for share, gain in x["out"]["groups"].values()]
-        x_ = [i + k * width for i in range(4)]
-        groups.bar(x_, parts, width, edgecolor="black", hatch=("", "//", "..")[k], **look)
+        curve = [interval(x["deciles"][i][1] for x in seeds) for i in range(10)]
+        parts = [interval(math.prod(x["groups"][who]) for x in seeds) for who in seeds[0]["groups"]]
+        (means, errors), (sizes, bars) = (zip(*points) for points in (curve, parts))
+        if len(seeds) < 2:
+            errors = bars = None
+        tenths.errorbar(range(1, 11), means, errors, ls="-", marker="os^"[k], capsize=3, **look)
+        groups.bar([i + k * width for i in range(4)], sizes, width, yerr=bars, capsize=3, edgecolor="black",
+                   hatch=("", "//", "..")[k], **look)
     tenths.set(title="Gain by difficulty", xlabel="tokens in tenths, by the baseline's loss",
                xticks=range(1, 11), ylabel="mean gain (nats/token)")
     groups.set(title="Gain by who predicts the token right", ylabel="part of the whole gain (nats/token)")

@@ -890,6 +890,9 @@ def test_verdicts_on_made_up_results():
     assert noisy[0] == "not reproduced"                       # the mean is above zero, its interval is not
     text = sweep.findings(gains_of(made_up(PAPER_LIKE)))
     assert "from m@8 to l@8 it reverses (-0.020" in text[1] and "xs@8 at alpha 0.25" in text[2] and "xs@8, whose own" in text[0]
+    assert "beyond their interval: 1 of 1; the weakest of these is xs@8, 0.300 above (+0.040 ± 0.002)." in text[0]
+    two = gains_of(made_up({("xs", 8, 2.9): {0.25: (-0.01, 0.04)}, ("xs", 5, 3.1): {0.25: (0.0, 0.02)}, ("xs", 1, 4.0): {0.25: (0.0, -0.1)}}))
+    assert "beyond their interval: 2 of 3; the weakest of these is xs@5, 0.500 above (+0.020 ± 0.002)." in sweep.findings(two)[0]
 
 
 def test_a_larger_teacher_that_is_no_stronger_is_left_out_of_the_second_finding():
@@ -943,7 +946,43 @@ def test_ablations_are_reported_apart_and_change_no_finding():
     text = sweep.ablation_report(g)
     assert "| colder | m@8 | 2.200 | 0.25 | +0.130 ± 0.002 / +0.160 ± 0.002 | +0.030 ± 0.002 / +0.060 ± 0.002 |" in text
     assert "| other teacher | m@5 | 2.100 | 1 | +0.200 ± 0.002 / +0.220 ± 0.002 | - |" in text
+    for r in extra:                                           # now there is a checkpoint of about its loss
+        if r["kind"] == "teacher":
+            r["metrics"]["in_domain"]["report"] = 2.15
+    text = sweep.ablation_report(sweep.Gains(rows + extra, "s", scale))
+    assert "| m@5 | 2.150 | 1 | +0.200 ± 0.002 / +0.220 ± 0.002 | +0.100 ± 0.002 / +0.120 ± 0.002 (m@8, 2.200) |" in text
     assert sweep.ablation_report(gains_of(rows)) == ""
+
+
+def test_token_gains_are_reported_over_all_seeds(corpus, monkeypatch):
+    g, seen = gains_of(made_up({k: v for k, v in PAPER_LIKE.items() if k[0] != "l"})), []
+    def gains(base, student, teacher, *_):
+        seen.append((base, student, teacher))
+        x = 0.1 * int(base[-9])                               # of seed 1, 2, 3: 0.1, 0.2, 0.3
+        return {"out": {"gain": x, "deciles": [(0.0, -x), *[(1.0, x)] * 8, (2.0, 5 * x)], "groups": {"a": (0.25, 2 * x), "b": (0.75, 0.0)}}}
+    def config_of(task):
+        return SimpleNamespace(out=str(task), alpha=task.alphas, tokens=task.budgets[-1])
+    monkeypatch.setattr(sweep, "pick_device", lambda c: ("cpu", None))
+    monkeypatch.setattr(sweep, "load_checkpoint", lambda path, device: (path, {}))
+    monkeypatch.setattr(sweep, "token_gains", gains)
+    monkeypatch.setattr(sweep, "sample", lambda writer, encoding, prompt: f"{prompt}... {writer}")
+    text, found = sweep.tokens_report(g, corpus, config_of)
+    alone, taught = "student s@3 seed {}/ckpt.pt", "student s@3 from {}@8 seed {}/alpha_{}/ckpt.pt"
+    by = "teacher {} seed 100{}/ckpt_8.pt"
+    expected = []
+    for seed, other in ((1, 3), (2, 1), (3, 2)):
+        base, strong = alone.format(seed), by.format("m@3M", seed)
+        expected += [(base, taught.format("xs", seed, 0.25), by.format("xs@3M", seed)), (base, taught.format("m", seed, 1), strong),
+                     (base, alone.format(other), strong)]
+    assert seen == expected
+    assert "| from xs@8, alpha 0.25 | +0.200 ± 0.248 | +0.100 ± 0.124 (25%) | +0.000 ± 0.000 (75%) | -0.200 ± 0.248 | +1.000 ± 1.242 |" in text
+    assert list(found) == ["from xs@8, alpha 0.25", "from m@8, alpha 1", "no teacher, another seed"] and all(len(v) == 3 for v in found.values())
+    assert f"... {alone.format(1)}" in text
+
+    def gone(path, device):
+        raise model.CheckpointError("no such file")
+    monkeypatch.setattr(sweep, "load_checkpoint", gone)
+    assert sweep.tokens_report(g, corpus, config_of) == ("", {})
 
 
 def test_ablations_are_planned_with_their_teachers():
