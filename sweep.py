@@ -710,8 +710,8 @@ def tokens_report(g, data, config):
             "Out of distribution: the whole gain and its four parts by who predicts the token right "
             "(argmax), with their shares of the tokens; then the mean gain on the easiest and the hardest "
             "tenth of the tokens, by the baseline's loss. That sorting alone makes any second model look "
-            "better on the hard ones: compare with another seed, where there is one (its groups are by the strongest "
-            "teacher).", ""]
+            "better on the hard ones: compare with another seed, where there is one (its groups are by the "
+            "strongest teacher).", ""]
     text += table(["student", "gain", *all_seeds[0]["groups"], "easiest", "hardest"], rows)
     encoding, seed = load_tokenizer(data), seeds[0]
     writers = {f"the strongest teacher, {name(strongest)}":
