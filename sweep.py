@@ -28,6 +28,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -423,6 +424,7 @@ class Gains:
                     for t in self.teachers}
         self.weakness = {t: self.mean(self.own[t], "in") - self.mean(self.base.values(), "in")
                          for t in self.teachers}
+        self.most = max(r["tokens"] for r in self.alone) / self.tokens      # of the student alone
         self.wheres = [w for w in ("in", "out", "tasks") if level(self.alone[0], w) is not None]
 
     def mean(self, rows, where):
@@ -445,25 +447,30 @@ class Gains:
         """seed -> the gain at that alpha."""
         return self.gain(teacher, self.best_alpha(teacher), where, half, percent)
 
-    def fit(self, where):
-        """-> slope and largest residual of a least-squares line, level against ln(tokens), through students
-        without a teacher, each seed with its own intercept."""
-        points = []
-        for seed in self.base:
-            rows = [r for r in self.alone if r["seed"] == seed]
-            x, y = interval(math.log(r["tokens"]) for r in rows)[0], self.mean(rows, where)
-            points += [(math.log(r["tokens"]) - x, level(r, where) - y) for r in rows]
-        slope = sum(x * y for x, y in points) / (sum(x * x for x, _ in points) or math.nan)
-        return slope, max(abs(y - slope * x) for x, y in points)
-
     def compute(self, teacher):
         """Training FLOPs of a student with this teacher's forward passes over those of a student alone."""
         forward = flops_per_token(shape_of(teacher[0], self.scale))
         return 1 + forward / flops_per_token(shape_of(self.size, self.scale), backward=True)
 
-    def plain_gain(self, teacher, where):
-        """What plain pretraining gains from that many more tokens, read off the fitted line."""
-        return -self.fit(where)[0] * math.log(self.compute(teacher))
+    def plain_gain(self, ratio, where):
+        """
+        seed -> what plain pretraining gains from `ratio` times the tokens: read off a parabola in ln(tokens)
+        through the student alone at its budgets, and never beyond the largest.
+        """
+        gains = {}
+        for seed, base in self.base.items():
+            rows = [r for r in self.alone if r["seed"] == seed]
+            x = [math.log(r["tokens"] / self.tokens) for r in rows]
+            curve = np.polyfit(x, [level(r, where) for r in rows], min(2, len(rows) - 1))
+            gains[seed] = level(base, where) - float(np.polyval(curve, math.log(min(ratio, self.most))))
+        return gains
+
+    def weaker(self, teacher):
+        """Whether a teacher is worse than the student alone, in domain and out of distribution, beyond the
+        interval."""
+        own = {r["seed"] - 1000: r for r in self.own[teacher]}
+        return all(lower([level(own[seed], w) - level(base, w) for seed, base in self.base.items()]) > 0
+                   for w in ("in", "out"))
 
 
 def ranks_of(values):
@@ -473,12 +480,13 @@ def ranks_of(values):
 
 def alpha_trend(g):
     """
-    seed -> Spearman's rank correlation, over the teachers, of their own in-domain loss with the alpha that is
-    best with them (out of distribution, select half, of this seed alone); nothing below three teachers.
+    seed -> Spearman's rank correlation, over the teachers, of their strength (the negative of their own
+    in-domain loss) with the alpha that is best with them (out of distribution, select half, of this seed
+    alone); nothing below three teachers.
     """
     found = {}
     for seed in g.base if len(g.teachers) > 2 else ():
-        own = [level(next(r for r in g.own[t] if r["seed"] == 1000 + seed), "in") for t in g.teachers]
+        own = [-level(next(r for r in g.own[t] if r["seed"] == 1000 + seed), "in") for t in g.teachers]
         best = [max(g.cells[t], key=lambda a: g.gain(t, a, "out", "select")[seed]) for t in g.teachers]
         x, y = ranks_of(own), ranks_of(best)
         dx, dy = ([v - sum(values) / len(values) for v in values] for values in (x, y))
@@ -488,50 +496,52 @@ def alpha_trend(g):
 
 
 def verdict(claim, values, seen):
-    """The claim with its verdict, which takes three seeds."""
+    """The claim with its verdict, which takes three seeds; seen: True, False, or None for undecided."""
     if len(values) >= 3:
-        return f"**{claim}: {'reproduced' if seen else 'not reproduced'}.**"
+        return f"**{claim}: {'undecided' if seen is None else 'reproduced' if seen else 'not reproduced'}.**"
     return f"**{claim}: too few seeds ({len(values)}), {'seen' if seen else 'not seen'}.**"
 
 
 def strongest_weak(g):
     """Of the teachers weaker than the student alone the most helpful on the select halves, or None."""
-    weak = [t for t in g.teachers if g.weakness[t] > 0]
+    weak = [t for t in g.teachers if g.weaker(t)]
     return max(weak, key=lambda t: sum(g.best(t, "out", "select").values()), default=None)
 
 
 def findings(g):
     """The paper's three claims, each judged on the rows of one student size -> three paragraphs."""
+    sure = len(g.base) > 2
     claim, t = "A weak teacher helps a stronger student", strongest_weak(g)
     if t:
         best = {w: list(g.best(t, w).values()) for w in g.wheres}
-        seen = any(lower(best[w]) > 0 for w in g.wheres if w != "in")
         points = [100 * v for v in best.get("tasks", ())]
         tasks = f", {show(points, 1)} points on the tasks" if points else ""
-        weak = [t for t in g.teachers if g.weakness[t] > 0]
-        helpful = [t for t in weak if lower(g.best(t, "out").values()) > 0]
-        first = (f"{verdict(claim, best['in'], seen)} {name(t)}, whose own loss is {g.weakness[t]:.3f} above "
-                 f"what the student reaches alone, gives it {show(best['out'])} nats out of distribution, "
-                 f"{show(best['in'])} in domain{tasks}, at alpha {g.best_alpha(t):g}. Weaker teachers "
-                 f"that help out of distribution{', beyond their interval' * (len(g.base) > 2)}: "
+        weak = [t for t in g.teachers if g.weaker(t)]
+        helpful = [t for t in weak if lower(list(g.best(t, "out").values())) > 0]
+        first = (f"{verdict(claim, best['in'], lower(best['out']) > 0)} {name(t)}, whose own loss is "
+                 f"{g.weakness[t]:.3f} above what the student reaches alone, gives it {show(best['out'])} "
+                 f"nats out of distribution, {show(best['in'])} in domain{tasks}, at alpha "
+                 f"{g.best_alpha(t):g}. "
+                 f"Weaker teachers that help out of distribution{', beyond their interval' * sure}: "
                  f"{len(helpful)} of {len(weak)}")
         if helpful:
             weakest = max(helpful, key=g.weakness.get)
             first += (f"; the weakest of these is {name(weakest)}, {g.weakness[weakest]:.3f} above "
                       f"({show(g.best(weakest, 'out').values())})")
-        first += "."
+        mean = [sum(g.best(t, "out")[seed] for t in weak) / len(weak) for seed in g.base]
+        first += f". On average the weaker ones give {show(mean)}."
     else:
         first = f"**{claim}: not tested**, for no teacher here is weaker than the student alone."
 
     claim = "A stronger teacher saturates or reverses the gain"
     most = max(n for _, n in g.teachers)                     # along size at the most tokens, and along tokens
     paths = [[t for t in g.teachers if t[1] == most]] + [[t for t in g.teachers if t[0] == s] for s in SIZES]
-    steps, seen, weaker = [], False, set()
-    for everyone in paths:
+    steps, skipped, seen = [], set(), None
+    for i, everyone in enumerate(paths):
         path = []                                            # only teachers stronger than those before them
         for t in everyone:
             if path and g.weakness[t] >= g.weakness[path[-1]]:
-                weaker.add(name(t))
+                skipped.add(name(t))
             else:
                 path.append(t)
         if len(path) < 2:
@@ -539,40 +549,56 @@ def findings(g):
         best = [g.best(t, "out") for t in path]
         last = [best[-1][seed] - best[-2][seed] for seed in g.base]
         top = path[max(range(len(path)), key=lambda i: sum(best[i].values()))]
-        flat = lower(last) <= 0 or top != path[-1]
-        word = "reverses" if lower(last, -1) < 0 else "saturates" if flat else "grows"
-        seen |= flat
+        word = ("rises" if lower(last) > 0 else "falls" if lower(last, -1) < 0 else
+                "saturates" if lower(last, -1) < interval(best[-2].values())[0] / 4 else "is undecided")
+        if i == 0:
+            seen = None if word == "is undecided" else word != "rises"
         steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest "
                      f"with {name(top)})")
-    second = (f"{verdict(claim, list(g.base), seen)} The best gain out of distribution: "
-              f"{'; '.join(steps) or 'teachers of one size and budget only'}.")
-    if weaker:
-        second += f" Left out, being no stronger than a smaller one: {', '.join(sorted(weaker))}."
+    second = (f"{verdict(claim, list(g.base), seen)} The best gain out of distribution, along size and then "
+              f"along tokens: {'; '.join(steps) or 'teachers of one size and budget only'}.")
+    if skipped:
+        second += (" Left out, no stronger than one of fewer parameters or tokens: "
+                   f"{', '.join(sorted(skipped))}.")
 
     claim = "Generalisation improves before in-domain fit"
     cells = [(t, alpha) for t in g.teachers for alpha in g.cells[t]]
-    inside, outside = ([g.gain(*cell, where, percent=True) for cell in cells] for where in ("in", "out"))
-    ahead = [sum(o[s] - i[s] for i, o in zip(inside, outside)) / len(cells) for s in g.base]
-    mixed = [f"{name(t)} at alpha {a:g}" for (t, a), i, o in zip(cells, inside, outside)
-             if sum(i.values()) < 0 < sum(o.values())]
+    inside, outside = ([g.gain(*cell, where) for cell in cells] for where in ("in", "out"))
+    shares = [[g.gain(*cell, where, percent=True) for cell in cells] for where in ("in", "out")]
+    ahead = [sum(o[s] - i[s] for i, o in zip(*shares)) / len(cells) for s in g.base]
+    rate = {s: g.plain_gain(2, "out")[s] / g.plain_gain(2, "in")[s] for s in g.base}
+    beyond = [sum(o[s] - rate[s] * i[s] for i, o in zip(inside, outside)) / len(cells) for s in g.base]
+    mixed = sum(sum(i.values()) < 0 < sum(o.values()) for i, o in zip(inside, outside))
+    clearly = sum(lower(list(i.values()), -1) < 0 < lower(list(o.values())) for i, o in zip(inside, outside))
     third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the "
              f"gain out of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. "
-             f"Losing in domain and gaining outside: {'; '.join(mixed) or 'none'}.")
+             f"Cells that lose in domain and gain outside: {mixed}"
+             f"{f', both beyond their interval: {clearly}' * sure}. Doubling the tokens of the student alone "
+             f"brings {interval(rate.values())[0]:.2f} nats outside for each in domain; at that rate, the "
+             f"cells gain {show(beyond)} nats more outside than their change in domain would bring.")
     return [first, second, third]
 
 
 DEFINITIONS = """
-How the verdicts are reached. A gain is how much lower the loss of a student is than that of the alpha = 0
-student of the same seed, in nats per token; ± is a 95 % t-interval over seeds, paired by seed. Alpha is
-chosen for each teacher by the mean loss out of distribution on the `select` halves; every gain shown is of
-the `report` halves, but of the same trained students, so choosing still flatters the best a little. 1: of
-the teachers whose own in-domain loss is above the baseline's, the most helpful on the select halves gives a
-gain out of distribution or downstream whose interval lies above zero. 2: along teacher size (at the largest
-budget) or teacher tokens, as far as the teachers' own loss falls, the best gain is not the strongest
-teacher's, or its last step adds nothing beyond its interval (saturates: no evidence of growth, which noise
-makes likelier) or is reliably below zero (reverses). 3: the relative gain out of distribution, averaged
-over all cells, exceeds that in domain, and the interval of the difference lies above zero. Below three
-seeds there is no verdict, only what was seen.
+# How the verdicts are reached
+
+A gain is how much lower the loss of a student is than that of the alpha = 0 student of the same seed, in nats
+per token; ± is a 95 % t-interval over seeds, paired by seed, for each figure alone. Every evaluation set and
+task has two disjoint halves: alpha is chosen for each teacher by the mean loss out of distribution on the
+`select` halves, and every gain shown is of the `report` halves, but of the same trained students, so choosing
+flatters the best. Tasks are made from held-out documents of the corpus. Below three seeds there is no
+verdict, only what was seen.
+
+1. Of the teachers whose own loss is above the baseline's beyond the interval, in domain and out of
+   distribution, the one most helpful on the select halves gives a gain out of distribution whose interval
+   lies above zero.
+2. Along teacher size at the largest budget, leaving out teachers that are no stronger than one before, the
+   last step of the best gain falls (its interval lies below zero) or saturates (it does not rise, and its
+   upper end is below a quarter of the gain before it). Along tokens the last teacher's learning rate has come
+   down and that of those before has not, so these steps are shown and not judged.
+3. The relative gain out of distribution, averaged over all cells, exceeds that in domain, and the interval of
+   the difference lies above zero. Plain pretraining, too, moves the two losses at different rates, so cells
+   that lose count as ahead; the last figure of the finding takes that rate out, and is not judged.
 """
 
 
@@ -586,37 +612,44 @@ def report(g):
     base, has_tasks = list(g.base.values()), "tasks" in g.wheres
     sets = ", ".join(k[4:] for k in base[0]["metrics"] if k.startswith("ood/"))
     budgets = ", ".join(short(n) for n in sorted({r["tokens"] for r in g.alone}))
-    rows, unsure, worse = [], [], []
+    rows, unsure, pays, costs = [], [], [], []
     for t in g.teachers:
         best = {w: g.best(t, w).values() for w in g.wheres}
         percent = [show(g.best(t, w, percent=True).values(), 1) for w in g.wheres]
-        plain = {w: g.plain_gain(t, w) for w in ("in", "out")}
+        ratio = g.compute(t)
+        plain = {w: g.plain_gain(ratio, w) for w in ("in", "out")}
+        net = [g.best(t, "out")[seed] - plain["out"][seed] for seed in g.base]
+        at_least, at_most = (sign * (ratio > g.most) for sign in (">= ", "<= "))
         rows.append([name(t), f"{g.weakness[t]:+.3f}", f"{g.best_alpha(t):g}",
-                     show(best["in"]), show(best["out"]), *percent,
-                     f"{g.compute(t):.2f}", f"{plain['in']:+.3f} / {plain['out']:+.3f}"])
+                     show(best["in"]), show(best["out"]), *percent, f"{ratio:.2f}",
+                     " / ".join(f"{at_least}{interval(v.values())[0]:+.3f}" for v in plain.values()),
+                     f"{at_most}{show(net)}"])
         unsure += [name(t)] * (interval(best["out"])[1] >= abs(interval(best["out"])[0]))
-        worse += [name(t)] * (interval(best["out"])[0] < plain["out"])
+        pays += [name(t)] * (lower(net) > 0 and ratio <= g.most)
+        costs += [name(t)] * (lower(net, -1) < 0)
     text = [f"# Distilling into the {g.size} student, {short(g.tokens)} tokens", "", "## Findings", ""]
     text += [f"{i}. {paragraph}" for i, paragraph in enumerate(findings(g), 1)]
     text += ["", "## The best alpha for each teacher", "",
              f"Alone, the student reaches {g.mean(base, 'in'):.3f} nats per token in domain and "
              f"{g.mean(base, 'out'):.3f} out of distribution (the mean of {sets}). A teacher's weakness is "
-             "its own in-domain loss minus the former. Compute is that of a step with the teacher's forward "
-             "pass over that of one without; plain is what pretraining alone gains from that much more.", ""]
-    text += table(["teacher", "weakness", "best alpha", "gain in domain", "gain out", "in, % of loss",
-                   "out, % of loss", *["tasks, % of error"] * has_tasks, "compute", "plain, in / out"], rows)
+             "its own in-domain loss minus the student's. Compute is that of a step with the teacher's "
+             "forward pass over that of one without; plain is what pretraining alone gains from that many "
+             f"times the tokens, read off a parabola through the student alone at {budgets} tokens, seed "
+             "by seed, and for more compute than that what it gains from the most tokens. Net is the gain "
+             "outside minus the plain one.", ""]
+    text += table(["teacher", "weakness", "best alpha", "gain in domain", "gain outside", "in, % of loss",
+                   "outside, % of loss", *["fewer task errors, %"] * has_tasks, "compute",
+                   "plain, in / outside", "net outside"], rows)
     if trend := alpha_trend(g).values():
-        text += ["Does the best alpha rise with the teacher's strength? The rank correlation of the teacher's"
-                 f" own loss with the best alpha, chosen for each seed by itself, is {show(trend, 2)}: below "
-                 "zero is yes.", ""]
-    (slope_in, off_in), (slope_out, off_out) = g.fit("in"), g.fit("out")
-    text += [f"Plain is read off a line through the student alone at {budgets} tokens: {slope_in:+.3f} in "
-             f"domain and {slope_out:+.3f} out of distribution for each e-fold of tokens, residuals at most "
-             f"{off_in:.3f} and {off_out:.3f}. Out of distribution, distillation does not pay for its own "
-             f"compute with {', '.join(worse) or 'no teacher'}; the teachers' training is not counted.", "",
-             *[f"More seeds are needed for {', '.join(unsure)}, whose gain out of distribution has no "
-               "interval that excludes zero.", ""] * bool(unsure),
-             "## Every cell: gain in domain / out of distribution", ""]
+        text += ["Does the best alpha rise with the teacher's strength? The rank correlation of the two, "
+                 f"alpha chosen for each seed by itself, is {show(trend, 2)}.", ""]
+    sure = ", beyond the interval of the net" * (len(base) > 2)
+    text += [f"Out of distribution{sure}, distillation gains more than the same compute spent on plain "
+             f"pretraining with {', '.join(pays) or 'no teacher'}, and less with "
+             f"{', '.join(costs) or 'no teacher'}. The teachers' training is not counted.", "",
+             *[f"Undecided: {', '.join(unsure)}, whose gain outside has an interval that includes zero.",
+               ""] * bool(unsure),
+             "## Every cell: gain in domain / outside", ""]
     alphas = sorted({a for t in g.teachers for a in g.cells[t]})
     text += table(["teacher", *(f"alpha {a:g}" for a in alphas)], [
         [name(t), *(" / ".join(show(g.gain(t, a, w).values()) for w in ("in", "out")) for a in alphas)]
@@ -637,40 +670,47 @@ def report(g):
 
 
 def ablation_report(g):
-    """The doubts and what became of them, in Markdown; nothing for a student without any."""
+    """The ablations and what to compare them with, in Markdown; nothing for a student without any."""
     if not g.ablated or g.size != next(iter(g.scale.students)):
         return ""
+    def gains_from(a, alpha):
+        taught = [r for r in g.ablated if r["ablation"] == a.name and r["kind"] == "student"
+                  and r["alpha"] == alpha and r["teacher"] == {"size": a.teacher, "tokens": a.tokens}]
+        return " / ".join(show(level(g.base[r["seed"]], w) - level(r, w) for r in taught)
+                          for w in ("in", "out"))
     rows = []
     for a in g.scale.ablations:
         same = [r for r in g.ablated if r["ablation"] == a.name]
         t = (a.teacher, a.tokens)
+        other_order = [b for b in g.scale.ablations
+                       if (b.teacher, b.tokens) == t and a.same_order > b.same_order]
         own = [r for r in same if r["kind"] == "teacher"] or g.own[t]
         for alpha in a.alphas:
-            taught = [r for r in same if r["kind"] == "student" and r["alpha"] == alpha
-                      and r["teacher"] == {"size": a.teacher, "tokens": a.tokens}]
-            gain = [show(level(g.base[r["seed"]], w) - level(r, w) for r in taught) for w in ("in", "out")]
             loss, plain = g.mean(own, "in"), "-"
             like = min(g.own, key=lambda u: (u[0] != t[0], abs(g.mean(g.own[u], "in") - loss)))
             if t in g.cells:                                 # the same cell of the main runs, if it is one
                 like = t
-            if alpha in g.cells[like] and abs(g.mean(g.own[like], "in") - loss) < 0.1:
+            if other_order and alpha in other_order[0].alphas:
+                plain = f"{gains_from(other_order[0], alpha)} ({other_order[0].name})"
+            elif alpha in g.cells[like] and abs(g.mean(g.own[like], "in") - loss) < 0.1:
                 plain = " / ".join(show(g.gain(like, alpha, w).values()) for w in ("in", "out"))
                 if like != t:
                     plain += f" ({name(like)}, {g.mean(g.own[like], 'in'):.3f})"
-            rows.append([a.name, name(t), f"{loss:.3f}", f"{alpha:g}", " / ".join(gain), plain])
+            rows.append([a.name, name(t), f"{loss:.3f}", f"{alpha:g}", gains_from(a, alpha), plain])
     return "\n".join([
-        "## Doubts", "",
-        "Cells in which one thing is changed: gain in domain / out of distribution, and the same cell "
-        "without the change. An annealed teacher is one whose learning rate came down; beside it stands the "
-        "checkpoint on the way of a longer run that has about its loss.", "",
-        *table(["change", "teacher", "its loss", "alpha", "gain", "without"], rows)])
+        "## Controls", "",
+        "Gain in domain / out of distribution with a change, and the cell to compare it with. A teacher with "
+        "the student's data order and of its size also starts from its weights. An annealed teacher is one "
+        "whose learning rate came down; beside it stands the checkpoint on the way of a longer run that has "
+        "about its loss. Label smoothing is a teacher after one step, all but uniform.", "",
+        *table(["change", "teacher", "its loss", "alpha", "gain", "compare"], rows)])
 
 
 def tokens_report(g, data, config):
     """
-    Which tokens gain, for the most helpful weak and the strongest teacher -> (Markdown, {who: (token_gains()
-    out of distribution of each seed)}), empty where the checkpoints are not on this machine. config(task) is
-    the Config of a task.
+    Which tokens gain, for the most helpful weak (without one the first) and the strongest teacher ->
+    (Markdown, {who: [token_gains() out of distribution of each seed]}), empty where the checkpoints are not
+    on this machine. config(task) is the Config of a task.
     """
     def model(seed, teacher=None, alpha=0.0):
         taught = {}
@@ -700,18 +740,19 @@ def tokens_report(g, data, config):
         return "", {}
     rows = []
     for who, all_seeds in found.items():
+        shown = show if who.startswith("from") else lambda values: f"{interval(values)[0]:+.3f}"
         parts = []
         for group in all_seeds[0]["groups"]:
             shares, gains = zip(*(x["groups"][group] for x in all_seeds))
-            parts.append(f"{show(a * b for a, b in zip(shares, gains))} ({interval(shares)[0]:.0%})")
-        ends = (show(x["deciles"][i][1] for x in all_seeds) for i in (0, -1))
-        rows.append([who, show(x["gain"] for x in all_seeds), *parts, *ends])
+            parts.append(f"{shown(a * b for a, b in zip(shares, gains))} ({interval(shares)[0]:.0%})")
+        ends = (shown(x["deciles"][i][1] for x in all_seeds) for i in (0, -1))
+        rows.append([who, shown(x["gain"] for x in all_seeds), *parts, *ends])
     text = ["## Which tokens gain", "",
             "Out of distribution: the whole gain and its four parts by who predicts the token right "
             "(argmax), with their shares of the tokens; then the mean gain on the easiest and the hardest "
             "tenth of the tokens, by the baseline's loss. That sorting alone makes any second model look "
-            "better on the hard ones: compare with another seed, where there is one (its groups are by the "
-            "strongest teacher).", ""]
+            "better on the hard ones: compare with another seed, where there is one (each seed against the "
+            "one before, so that its whole gain is 0; its groups are by the strongest teacher).", ""]
     text += table(["student", "gain", *all_seeds[0]["groups"], "easiest", "hardest"], rows)
     encoding, seed = load_tokenizer(data), seeds[0]
     writers = {f"the strongest teacher, {name(strongest)}":
@@ -743,7 +784,7 @@ def draw(g, path):
 
     def line(axis, x, groups, label, **style):
         points = [interval(v.values()) for v in groups]
-        error = [half for _, half in points] if len(g.base) > 1 else None
+        error = [half for _, half in points] if len(g.base) > 2 else None
         axis.errorbar(x, [mean for mean, _ in points], error, label=label, capsize=3, elinewidth=0.8,
                       markersize=5, **style)
 
@@ -766,8 +807,9 @@ def draw(g, path):
         x = [parameters[size] for size, _ in path_]
         line(by_size, x, [g.best(t, "out") for t in path_], f"{short(n)} tokens", ls=dash[n], color="black",
              marker="o")
-    by_size.plot(list(parameters.values()), [g.plain_gain((s, 0), "out") for s in sizes], "--",
-                 color="tab:red", label="no teacher, same compute")
+    plain = [interval(g.plain_gain(g.compute((size, 0)), "out").values())[0] for size in sizes]
+    by_size.plot(list(parameters.values()), plain, "--", color="tab:red",
+                 label=f"no teacher, same compute (at most {g.most:g}x)")
     for s in sizes:
         path_ = [t for t in g.teachers if t[0] == s]
         line(by_tokens, [n for _, n in path_], [g.best(t, "out") for t in path_], s, color=shade[s],
@@ -814,7 +856,7 @@ def draw_tokens(found, size, path):
         curve = [interval(x["deciles"][i][1] for x in seeds) for i in range(10)]
         parts = [interval(math.prod(x["groups"][who]) for x in seeds) for who in seeds[0]["groups"]]
         (means, errors), (sizes, bars) = (zip(*points) for points in (curve, parts))
-        if len(seeds) < 2:
+        if len(seeds) < 3 or not who.startswith("from"):
             errors = bars = None
         tenths.errorbar(range(1, 11), means, errors, ls="-", marker="os^"[k], capsize=3, **look)
         groups.bar([i + k * width for i in range(4)], sizes, width, yerr=bars, capsize=3, edgecolor="black",
@@ -894,7 +936,8 @@ def main():
     minutes = sum(r["seconds"] for r in rows) / 60
     text = (f"`python sweep.py --scale {args.scale}`, seeds {','.join(map(str, scale.seeds))}; corpus "
             f"{rows[0]['corpus']}; {minutes:.0f} minutes of training, {jobs} runs at a time, on "
-            f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}.\n")
+            f"{platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}. "
+            "Models are named size@tokens: s@4M is of size s, trained on 4M tokens; K is 2^10 and M 2^20.\n")
     for size in scale.students:
         g = Gains(rows, size, scale)
         tokens_text, found = tokens_report(g, data, lambda task: config_of(task, scale, data, out, **how))
