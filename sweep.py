@@ -821,6 +821,7 @@ def draw(g, path):
         axis.set_xticks(ticks, labels)
         axis.xaxis.set_minor_locator(NullLocator())
     outside = "gain out of distribution (nats/token)"
+    by_size.margins(y=0.3)                                   # room for the legend
     by_strength.set(title="Gain against the teacher's own loss, for each alpha", ylabel=outside,
                     xlabel="teacher's loss minus the student's alone (nats); stronger: to the right")
     by_strength.invert_xaxis()

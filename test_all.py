@@ -904,7 +904,7 @@ def test_verdicts_on_made_up_results():
 
 
 def test_saturating_is_told_from_not_knowing():
-    for step, apart, word in ((0.0, 0.001, "saturates"), (0.0, 0.1, "is undecided"), (0.02, 0.001, "rises"), (-0.02, 0.001, "falls"), (0.0, 0.006, "is undecided")):
+    for step, apart, word in ((0.0, 0.004, "saturates"), (0.0, 0.1, "is undecided"), (0.02, 0.001, "rises"), (-0.02, 0.001, "falls"), (0.0, 0.006, "is undecided")):
         rows = made_up({("s", 8, 2.4): {0.25: (0.05, 0.05)}, ("m", 8, 2.2): {0.25: (0.05, 0.05 + step)}})
         for row in rows:
             if row["teacher"] and row["teacher"]["size"] == "m":
@@ -913,6 +913,18 @@ def test_saturating_is_told_from_not_knowing():
         text = sweep.findings(gains_of(rows))[1]
         assert f"from s@8 to m@8 it {word}" in text
         assert {"rises": "not reproduced", "is undecided": "undecided"}.get(word, "reproduced") == verdicts(rows)[1]
+
+
+def test_the_second_finding_is_judged_along_size():
+    rows = made_up({("s", 8, 2.4): {0.25: (0.05, 0.05)}, ("m", 4, 2.3): {0.25: (0.05, 0.1)}, ("m", 8, 2.2): {0.25: (0.05, 0.1)}})
+    assert "from m@4 to m@8 it saturates" in sweep.findings(gains_of(rows))[1] and verdicts(rows)[1] == "not reproduced"
+
+
+def test_what_an_interval_does_not_bear_out_is_not_said():
+    text = sweep.findings(gains_of(made_up({("l", 8, 2.2): {0.25: (-0.01, 0.5)}}, noise=0.1)))
+    assert "gain outside: 1, both beyond their interval: 0." in text[2]
+    assert "with no teacher, and less with no teacher" in sweep.report(gains_of(made_up({("m", 8, 2.2): {0.25: (0.0, 0.05)}}, noise=0.1)))
+    assert "with no teacher, and less with no teacher" in sweep.report(gains_of(made_up({("l", 8, 2.2): {0.25: (0.0, 0.5)}})))   # not measured
 
 
 def test_the_rate_of_plain_pretraining_is_taken_out():
