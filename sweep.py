@@ -495,6 +495,11 @@ def alpha_trend(g):
     return found
 
 
+def above_zero(values):
+    """Whether the interval lies above zero (True), below it (False) or across (None)."""
+    return True if lower(values) > 0 else False if lower(values, -1) < 0 else None
+
+
 def verdict(claim, values, seen):
     """The claim with its verdict, which takes three seeds; seen: True, False, or None for undecided."""
     if len(values) >= 3:
@@ -518,7 +523,7 @@ def findings(g):
         tasks = f", {show(points, 1)} points on the tasks" if points else ""
         weak = [t for t in g.teachers if g.weaker(t)]
         helpful = [t for t in weak if lower(list(g.best(t, "out").values())) > 0]
-        first = (f"{verdict(claim, best['in'], lower(best['out']) > 0)} {name(t)}, whose own loss is "
+        first = (f"{verdict(claim, best['in'], above_zero(best['out']))} {name(t)}, whose own loss is "
                  f"{g.weakness[t]:.3f} above what the student reaches alone, gives it {show(best['out'])} "
                  f"nats out of distribution, {show(best['in'])} in domain{tasks}, at alpha "
                  f"{g.best_alpha(t):g}. "
@@ -549,8 +554,8 @@ def findings(g):
         best = [g.best(t, "out") for t in path]
         last = [best[-1][seed] - best[-2][seed] for seed in g.base]
         top = path[max(range(len(path)), key=lambda i: sum(best[i].values()))]
-        word = ("rises" if lower(last) > 0 else "falls" if lower(last, -1) < 0 else
-                "saturates" if lower(last, -1) < interval(best[-2].values())[0] / 4 else "is undecided")
+        word = {True: "rises", False: "falls"}.get(above_zero(last)) or (
+            "saturates" if lower(last, -1) < interval(best[-2].values())[0] / 4 else "is undecided")
         if i == 0:
             seen = None if word == "is undecided" else word != "rises"
         steps.append(f"from {name(path[-2])} to {name(path[-1])} it {word} ({show(last)}; largest "
@@ -570,7 +575,7 @@ def findings(g):
     beyond = [sum(o[s] - rate[s] * i[s] for i, o in zip(inside, outside)) / len(cells) for s in g.base]
     mixed = sum(sum(i.values()) < 0 < sum(o.values()) for i, o in zip(inside, outside))
     clearly = sum(lower(list(i.values()), -1) < 0 < lower(list(o.values())) for i, o in zip(inside, outside))
-    third = (f"{verdict(claim, ahead, lower(ahead) > 0)} Over all {len(cells)} cells, no alpha chosen, the "
+    third = (f"{verdict(claim, ahead, above_zero(ahead))} Over all {len(cells)} cells, no alpha chosen, the "
              f"gain out of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. "
              f"Cells that lose in domain and gain outside: {mixed}"
              f"{f', both beyond their interval: {clearly}' * sure}. Doubling the tokens of the student alone "
@@ -586,8 +591,8 @@ A gain is how much lower the loss of a student is than that of the alpha = 0 stu
 per token; ± is a 95 % t-interval over seeds, paired by seed, for each figure alone. Every evaluation set and
 task has two disjoint halves: alpha is chosen for each teacher by the mean loss out of distribution on the
 `select` halves, and every gain shown is of the `report` halves, but of the same trained students, so choosing
-flatters the best. Tasks are made from held-out documents of the corpus. Below three seeds there is no
-verdict, only what was seen.
+flatters the best. Tasks are made from held-out documents of the corpus. A claim is undecided where its
+interval lies on both sides of zero. Below three seeds there is no verdict, only what was seen.
 
 1. Of the teachers whose own loss is above the baseline's beyond the interval, in domain and out of
    distribution, the one most helpful on the select halves gives a gain out of distribution whose interval
