@@ -875,7 +875,7 @@ def draw_tokens(found, size, path):
     for axis in (tenths, groups):
         axis.axhline(0, color="grey", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper left")
     figure.suptitle(f"Which tokens gain, out of distribution: the {size} student against itself alone")
     for ending in ("png", "svg"):
         figure.savefig(f"{path}.{ending}", dpi=120)
