@@ -678,11 +678,13 @@ def ablation_report(g):
     """The ablations and what to compare them with, in Markdown; nothing for a student without any."""
     if not g.ablated or g.size != next(iter(g.scale.students)):
         return ""
+
     def gains_from(a, alpha):
         taught = [r for r in g.ablated if r["ablation"] == a.name and r["kind"] == "student"
                   and r["alpha"] == alpha and r["teacher"] == {"size": a.teacher, "tokens": a.tokens}]
         return " / ".join(show(level(g.base[r["seed"]], w) - level(r, w) for r in taught)
                           for w in ("in", "out"))
+
     rows = []
     for a in g.scale.ablations:
         same = [r for r in g.ablated if r["ablation"] == a.name]
