@@ -389,6 +389,7 @@ def show(values, digits=3):
 
 def lower(values, sign=1):
     """The lower end of the interval (sign -1: the upper); below 3 values the mean stands for both."""
+    values = list(values)
     mean, half = interval(values)
     return mean - sign * (half if len(values) > 2 else 0)
 
@@ -424,6 +425,7 @@ class Gains:
                     for t in self.teachers}
         self.weakness = {t: self.mean(self.own[t], "in") - self.mean(self.base.values(), "in")
                          for t in self.teachers}
+        self.weak = [t for t in self.teachers if self.weaker(t)]
         self.most = max(r["tokens"] for r in self.alone) / self.tokens      # of the student alone
         self.wheres = [w for w in ("in", "out", "tasks") if level(self.alone[0], w) is not None]
 
@@ -469,7 +471,7 @@ class Gains:
         """Whether a teacher is worse than the student alone, in domain and out of distribution, beyond the
         interval."""
         own = {r["seed"] - 1000: r for r in self.own[teacher]}
-        return all(lower([level(own[seed], w) - level(base, w) for seed, base in self.base.items()]) > 0
+        return all(lower(level(own[seed], w) - level(base, w) for seed, base in self.base.items()) > 0
                    for w in ("in", "out"))
 
 
@@ -509,8 +511,7 @@ def verdict(claim, values, seen):
 
 def strongest_weak(g):
     """Of the teachers weaker than the student alone the most helpful on the select halves, or None."""
-    weak = [t for t in g.teachers if g.weaker(t)]
-    return max(weak, key=lambda t: sum(g.best(t, "out", "select").values()), default=None)
+    return max(g.weak, key=lambda t: sum(g.best(t, "out", "select").values()), default=None)
 
 
 def findings(g):
@@ -521,19 +522,18 @@ def findings(g):
         best = {w: list(g.best(t, w).values()) for w in g.wheres}
         points = [100 * v for v in best.get("tasks", ())]
         tasks = f", {show(points, 1)} points on the tasks" if points else ""
-        weak = [t for t in g.teachers if g.weaker(t)]
-        helpful = [t for t in weak if lower(list(g.best(t, "out").values())) > 0]
+        helpful = [t for t in g.weak if lower(g.best(t, "out").values()) > 0]
         first = (f"{verdict(claim, best['in'], above_zero(best['out']))} {name(t)}, whose own loss is "
                  f"{g.weakness[t]:.3f} above what the student reaches alone, gives it {show(best['out'])} "
                  f"nats out of distribution, {show(best['in'])} in domain{tasks}, at alpha "
                  f"{g.best_alpha(t):g}. "
                  f"Weaker teachers that help out of distribution{', beyond their interval' * sure}: "
-                 f"{len(helpful)} of {len(weak)}")
+                 f"{len(helpful)} of {len(g.weak)}")
         if helpful:
             weakest = max(helpful, key=g.weakness.get)
             first += (f"; the weakest of these is {name(weakest)}, {g.weakness[weakest]:.3f} above "
                       f"({show(g.best(weakest, 'out').values())})")
-        mean = [sum(g.best(t, "out")[seed] for t in weak) / len(weak) for seed in g.base]
+        mean = [sum(g.best(t, "out")[seed] for t in g.weak) / len(g.weak) for seed in g.base]
         first += f". On average the weaker ones give {show(mean)}."
     else:
         first = f"**{claim}: not tested**, for no teacher here is weaker than the student alone."
@@ -571,10 +571,11 @@ def findings(g):
     inside, outside = ([g.gain(*cell, where) for cell in cells] for where in ("in", "out"))
     shares = [[g.gain(*cell, where, percent=True) for cell in cells] for where in ("in", "out")]
     ahead = [sum(o[s] - i[s] for i, o in zip(*shares)) / len(cells) for s in g.base]
-    rate = {s: g.plain_gain(2, "out")[s] / g.plain_gain(2, "in")[s] for s in g.base}
+    doubled = {where: g.plain_gain(2, where) for where in ("in", "out")}
+    rate = {s: doubled["out"][s] / doubled["in"][s] for s in g.base}
     beyond = [sum(o[s] - rate[s] * i[s] for i, o in zip(inside, outside)) / len(cells) for s in g.base]
     mixed = sum(sum(i.values()) < 0 < sum(o.values()) for i, o in zip(inside, outside))
-    clearly = sum(lower(list(i.values()), -1) < 0 < lower(list(o.values())) for i, o in zip(inside, outside))
+    clearly = sum(lower(i.values(), -1) < 0 < lower(o.values()) for i, o in zip(inside, outside))
     third = (f"{verdict(claim, ahead, above_zero(ahead))} Over all {len(cells)} cells, no alpha chosen, the "
              f"gain out of distribution is {show(ahead, 2)} percent of the loss ahead of that in domain. "
              f"Cells that lose in domain and gain outside: {mixed}"
@@ -692,11 +693,11 @@ def ablation_report(g):
         other_order = [b for b in g.scale.ablations
                        if (b.teacher, b.tokens) == t and a.same_order > b.same_order]
         own = [r for r in same if r["kind"] == "teacher"] or g.own[t]
-        for alpha in a.alphas:
-            loss, plain = g.mean(own, "in"), "-"
+        loss, like = g.mean(own, "in"), t                    # the same cell of the main runs, if it is one
+        if t not in g.cells:
             like = min(g.own, key=lambda u: (u[0] != t[0], abs(g.mean(g.own[u], "in") - loss)))
-            if t in g.cells:                                 # the same cell of the main runs, if it is one
-                like = t
+        for alpha in a.alphas:
+            plain = "-"
             if other_order and alpha in other_order[0].alphas:
                 plain = f"{gains_from(other_order[0], alpha)} ({other_order[0].name})"
             elif alpha in g.cells[like] and abs(g.mean(g.own[like], "in") - loss) < 0.1:
@@ -731,11 +732,11 @@ def tokens_report(g, data, config):
     def load(task, alpha=0.0, tokens=None):
         return load_checkpoint(checkpoint_path(config(task), alpha, tokens), device)[0]
     device, seeds, found = pick_device(config(by(0, g.teachers[0])))[0], sorted(g.base), {}
-    strongest = min(g.teachers, key=g.weakness.get)
+    weak, strongest = strongest_weak(g) or g.teachers[0], min(g.teachers, key=g.weakness.get)
     try:
         for i, seed in enumerate(seeds):
             base = model(seed)
-            for t in dict.fromkeys([strongest_weak(g) or g.teachers[0], strongest]):
+            for t in dict.fromkeys([weak, strongest]):
                 teacher = load(by(seed, t), tokens=t[1])
                 pairs = {f"from {name(t)}, alpha {g.best_alpha(t):g}": model(seed, t, g.best_alpha(t))}
                 if t == strongest and len(seeds) > 1:        # what differs without any teaching
@@ -862,7 +863,8 @@ def draw_tokens(found, size, path):
     for k, (who, seeds) in enumerate(found.items()):
         look = dict(color=plt.cm.viridis(0.85 * k / max(1, len(found) - 1)), label=who)
         curve = [interval(x["deciles"][i][1] for x in seeds) for i in range(10)]
-        parts = [interval(math.prod(x["groups"][who]) for x in seeds) for who in seeds[0]["groups"]]
+        parts = [interval(math.prod(x["groups"][group]) for x in seeds)
+                 for group in seeds[0]["groups"]]
         (means, errors), (sizes, bars) = (zip(*points) for points in (curve, parts))
         if len(seeds) < 3 or not who.startswith("from"):
             errors = bars = None
