@@ -474,7 +474,7 @@ def train(config, on_tokens=None):
     """
     device, dtype, meta, batches, shape, teacher = set_up(config)
     rank, world = ranks()
-    if device.type == "cuda":
+    if device.type == "cuda" and world > 1:                  # under torchrun only: plain "cuda" has no index
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
