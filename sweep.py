@@ -485,7 +485,7 @@ def draw(study, path):
         middle.plot(*at, ".", color="black")
         middle.annotate(name(t), at, fontsize=8, textcoords="offset points", xytext=(4, 6))
     line(middle, study.teachers, [study.same_compute(t) for t in study.teachers],
-         label="same compute, no teacher", marker="x", color="0.7", ls=":")
+         label="same compute, no teacher", marker="x", color="0.7", ls="none")
     for axis in (left, middle):
         axis.axhline(0, color="0.6", lw=0.8)
         axis.axvline(0, color="0.6", lw=0.8)
@@ -498,8 +498,8 @@ def draw(study, path):
     right.plot(curve, np.polyval(np.polyfit(x, y, 2), curve), color="black")
     right.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
     for weak, label in ((True, "from weak teachers"), (False, "from strong ones")):
-        cells = [rows for (t, _), rows in study.cells.items()
-                 if t in study.teachers and (study.weakness(t) > 0) == weak]
+        cells = [study.cells[t, a] for t in study.teachers for a in study.alphas
+                 if (study.weakness(t) > 0) == weak and study.robustness(t, a) is not None]
         x, y = ([losses(rows, where).mean() for rows in cells] for where in ("in", "out"))
         right.plot(x, y, "o", color="0.4", fillstyle="none" if weak else "full", label=label)
     right.set(xlabel="loss in domain (nats/token)", ylabel="loss outside (nats/token)")
@@ -520,8 +520,8 @@ def dry_run(scale, jobs):
     for r in runs:
         print(f"{str(r):44} {','.join(f'{a:g}' for a in r.alphas):24} {r.cost(scale):9.2e} FLOPs")
     flops = sum(r.cost(scale) for r in runs)
-    print(f"{len(runs)} runs, {flops:.2e} FLOPs: {flops / 2.2e10 / jobs / 60:,.0f} minutes for {jobs} CPU "
-          f"cores of 22 GFLOP/s, {flops / 4e14 / 3600:,.2f} hours on an H100 at 40 % of its peak (computed)")
+    print(f"{len(runs)} runs, {flops:.2e} FLOPs: {flops / 5e10 / jobs / 60:,.0f} minutes for {jobs} CPU "
+          f"cores of 50 GFLOP/s, {flops / 4e14 / 3600:,.2f} hours on an H100 at 40 % of its peak (computed)")
 
 
 def main():
