@@ -249,7 +249,8 @@ def test_prepare_keeps_every_document_and_its_counts(tmp_path, ends):
     train, val = documents_of(out, "train"), documents_of(out, "val")
     pieces = [piece for _, piece in data.pieces(tmp_path / "a.txt")]
     assert sorted(train + val) == sorted(pieces) and "".join(pieces) == text
-    assert 0 < len(val) < len(train) / 8 and set(documents_of(out, "ood_b")[0].split()) == {"other", "text"}
+    assert 0 < len(val) < len(train) / 8
+    assert all(piece in "other text " * 1000 for piece in documents_of(out, "ood_b"))
     for name, s in meta["sets"].items():
         docs = documents_of(out, name)
         assert s["documents"] == len(docs) and s["bytes"] == sum(len(d.encode()) for d in docs)
