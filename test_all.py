@@ -550,6 +550,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_never_stopped(corpus, tmp_pat
             process.kill()
             process.join()
             code = process.exitcode
+            assert code in (0, -signal.SIGKILL)
             kills += code != 0
         assert all(same(weights(a), weights(b)) for a, b in zip(distill.train(parts), whole))
         logs = [[{k: v for k, v in line.items() if "_per_s" not in k} for line in log_of(r.out)]
@@ -912,7 +913,7 @@ def test_bad_input(main, argv, word, made, monkeypatch, capsys):
 
 def test_mutated_files_end_in_a_line_or_load_right(made, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(shutil.copytree(made, tmp_path / "copy"))
-    plain, draw = evaluation.evaluate, random.Random(1)
+    plain, draw, known = evaluation.evaluate, random.Random(1), data.load_meta("data")["fingerprint"]
     monkeypatch.setattr(evaluation, "evaluate", lambda m, folder, windows: plain(m, folder, windows, 4))
     monkeypatch.setattr(sweep, "draw", lambda *_: None)
     for path in ("data/val.bin", "data/ood_poem.bin", "data/meta.json", "data/vocab.tiktoken",
@@ -929,6 +930,7 @@ def test_mutated_files_end_in_a_line_or_load_right(made, tmp_path, monkeypatch, 
             code, out, err = call(main, argv, monkeypatch, capsys)
             assert code == 0 or code == 2 and len(err) == 1 and err[0].startswith("error: "), (path, err)
             refused += code == 2
+            assert code == 2 or data.fingerprint(data.load_meta("data")) == known
         Path(path).write_bytes(whole)
         assert refused > 5, path
 
