@@ -257,15 +257,15 @@ def to_hf(path, folder, data_dir):
     AutoModelForCausalLM and AutoTokenizer load. Raises UserError or OSError.
     """
     from data import END_OF_TEXT, UserError, load_meta, load_tokenizer
+    model, about = load_checkpoint(path)
+    meta, encoding, c = load_meta(data_dir), load_tokenizer(data_dir), model.config
+    if about.get("tokenizer") != meta["tokenizer"]:
+        raise UserError(f"{data_dir} does not have the tokenizer of {path}: give its corpus with --data")
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError:
         raise UserError("--to_hf needs transformers: pip install transformers") from None
-    model, about = load_checkpoint(path)
-    meta, encoding, c = load_meta(data_dir), load_tokenizer(data_dir), model.config
-    if about.get("tokenizer") != meta["tokenizer"]:
-        raise UserError(f"{data_dir} does not have the tokenizer of {path}: give its corpus with --data")
     llama = LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
