@@ -199,8 +199,8 @@ def train(config, quiet=False):
     about = identity(config, dtype, meta, taught_by)
     paths = [checkpoint_path(config, alpha) for alpha in config.alpha]
     if finished(config, paths, about):
-        if rank == 0 and os.path.exists(f"{config.out}/state.pt"):           # killed on its last line
-            os.remove(f"{config.out}/state.pt")
+        if rank == 0:                                        # killed on its last line
+            Path(config.out, "state.pt").unlink(missing_ok=True)
         return paths
     if config.batch_size % world:
         raise UserError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks")
@@ -239,10 +239,11 @@ def train(config, quiet=False):
                     loss, ce, kl = loss_fn(student.hidden(x), student.head, y, student.alpha, *known)
                 student.scaler.scale(loss / config.accumulate).backward()
                 losses[i] += torch.stack([ce, kl]) / config.accumulate
+        lr = learning_rate(config, step)
         for student in students:
             if world > 1:                                    # every rank has worked on its rows of the batch
                 average([p.grad for p in student.model.parameters()], world)
-            norm = student.clip_and_step(learning_rate(config, step))
+            norm = student.clip_and_step(lr)
             good = losses.isfinite().all() & (norm.isfinite() | student.scaler.is_enabled())
             first_bad = torch.where(good, first_bad, first_bad.clamp(max=step))
         bar.update(config.tokens_per_step)
@@ -251,17 +252,17 @@ def train(config, quiet=False):
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and time.time() - saved_at > config.save_every
         if (logging or saving) and first_bad < config.steps:
-            lr = learning_rate(config, first_bad.item())
-            raise UserError(f"loss or gradient is no number since step {first_bad} (learning rate {lr:.3g}): "
-                            "lower --lr, or look at the data; the last saved state is kept")
+            bad_lr = learning_rate(config, first_bad.item())
+            raise UserError(f"loss or gradient is no number since step {first_bad} (learning rate {bad_lr:.3g})"
+                            ": lower --lr, or look at the data; the last saved state is kept")
         if logging:
             if world > 1:
                 average([losses], world)
             ce, kl = losses.T.round(decimals=5).tolist()
             speed = (step + 1 - logged) * config.tokens_per_step / (time.time() - logged_at)
             logged, logged_at = step + 1, time.time()
-            line = {"step": step, "lr": learning_rate(config, step), "alpha": config.alpha, "ce": ce,
-                    "kl": kl, "tokens_per_s": round(speed), "flops_per_s": round(speed * flops)}
+            line = {"step": step, "lr": lr, "alpha": config.alpha, "ce": ce, "kl": kl,
+                    "tokens_per_s": round(speed), "flops_per_s": round(speed * flops)}
             shown = f"loss {ce[-1]:.3f}, {speed * flops / 1e9:,.1f} GFLOP/s"
             if device.type == "cuda":
                 line["mfu"] = speed * flops / world / PEAK
@@ -278,8 +279,7 @@ def train(config, quiet=False):
     if rank == 0:
         for student, path in zip(students, paths):
             save_checkpoint(path, student.model, **{**about, "alpha": student.alpha})
-        if os.path.exists(f"{config.out}/state.pt"):
-            os.remove(f"{config.out}/state.pt")
+        Path(config.out, "state.pt").unlink(missing_ok=True)
     if world > 1:
         dist.barrier()                                       # the files are there for every rank
     return paths
