@@ -253,8 +253,8 @@ def train(config, quiet=False):
         saving = rank == 0 and step + 1 < config.steps and time.time() - saved_at > config.save_every
         if (logging or saving) and first_bad < config.steps:
             bad_lr = learning_rate(config, first_bad.item())
-            raise UserError(f"loss or gradient is no number since step {first_bad} (learning rate {bad_lr:.3g})"
-                            ": lower --lr, or look at the data; the last saved state is kept")
+            raise UserError(f"loss or gradient is no number since step {first_bad} (learning rate {bad_lr:.3g}"
+                            "): lower --lr, or look at the data; the last saved state is kept")
         if logging:
             if world > 1:
                 average([losses], world)
