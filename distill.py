@@ -70,9 +70,9 @@ class Config:
     batch_size: int = knob(8, "sequences in a batch")
     block_size: int = knob(128, "tokens in a sequence")
     accumulate: int = knob(1, "batches whose gradients add up to one step")
-    lr: float = knob(3e-3, "peak learning rate")
+    lr: float = knob(0.0, "peak learning rate; 0: 0.384 / width, found on the laptop sizes, 6e-3 for s")
     min_lr: float = knob(0.1, "final learning rate, as a fraction of the peak")
-    warmup: float = knob(0.05, "fraction of the steps in which the learning rate rises; a cosine follows")
+    warmup: float = knob(0.4, "fraction of the steps in which the learning rate rises; a cosine follows")
     weight_decay: float = knob(0.1, "AdamW's decay, of matrices only")
     beta1: float = knob(0.9, "AdamW's decay of the mean gradient")
     beta2: float = knob(0.95, "AdamW's decay of the mean squared gradient")
@@ -80,6 +80,7 @@ class Config:
     device: str = knob("auto", "cpu, cuda, cuda:1, mps ...; auto: cuda where there is one, else cpu")
     dtype: str = knob("auto", "of matrix products, float32, bfloat16 or float16; auto: float32, on CUDA "
                       "bfloat16, or float16 on a GPU without it")
+    fused: bool = knob(True, "use the fused loss; false: the plain one, the place for changes", true_or_false)
     compile: bool = knob(True, "use torch.compile; false: eager, no C++ compiler needed", true_or_false)
     log_every: int = knob(50, "steps between lines of log.jsonl")
     save_every: float = knob(120.0, "seconds between saved states, from which an interrupted run goes on")
@@ -93,11 +94,13 @@ class Config:
                 (any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha 0: give --alpha"),
                 (min(self.batch_size, self.block_size, self.accumulate, self.log_every, self.temperature) > 0,
                  "batch_size, block_size, accumulate, log_every and temperature must be above 0"),
-                (min(self.seed, self.top_k, self.warmup) >= 0, "seed, top_k and warmup must not be negative"),
+                (min(self.seed, self.top_k, self.lr, self.warmup) >= 0,
+                 "seed, top_k, lr and warmup must not be negative"),
                 (self.dtype in ("auto", "float32", "bfloat16", "float16"), f"no --dtype {self.dtype}"),
                 (self.steps > 0, f"--tokens {self.tokens} is less than one step of {self.tokens_per_step}")):
             if not ok:
                 raise UserError(what)
+        self.lr = self.lr or 0.384 / SIZES[self.size]["n_embd"]
 
     @property
     def tokens_per_step(self):
@@ -319,7 +322,7 @@ def checkpoint_path(config, alpha):
 
 def identity(config, dtype, meta, taught_by):
     """What makes two runs the same run: everything but where and how it is run."""
-    elsewhere = ("data", "out", "alpha", "device", "compile", "log_every", "save_every")
+    elsewhere = ("data", "out", "alpha", "device", "fused", "compile", "log_every", "save_every")
     settings = {name: value for name, value in asdict(config).items() if name not in elsewhere}
     return {**settings, "alphas": config.alpha, "dtype": str(dtype), "teacher": taught_by,
             "corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"]}
@@ -400,8 +403,10 @@ def fast_functions(config, device, teacher):
     if config.compile and compiler_works(device):
         torch._dynamo.config.cache_size_limit = 64           # a run has one shape, a process many runs
         fast = functools.partial(torch.compile, dynamic=False)
-    loss_fn = functools.partial(distill_loss, temperature=config.temperature, top_k=config.top_k,
-                                chunk_fn=fast(chunk_loss))
+    loss_fn = functools.partial(distill_loss, chunk_fn=fast(chunk_loss))
+    if not config.fused:
+        loss_fn = distill_loss_reference
+    loss_fn = functools.partial(loss_fn, temperature=config.temperature, top_k=config.top_k)
     if teacher is None:
         return fast, loss_fn, lambda idx: (None, None)
     small = teacher.config.vocab_size <= SHARED

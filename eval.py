@@ -228,6 +228,7 @@ def main():
                         "which tokens gain, and whether this teacher knew them")
     parser.add_argument("--items", metavar="FILE", help="score these items instead, JSON lines in HellaSwag's"
                         ' form or with "context", "choices", "label"')
+    parser.add_argument("--json", action="store_true", help="print what evaluate() returns, for programs")
     parser.add_argument("--sample", metavar="TEXT", help="print what each checkpoint writes after this")
     parser.add_argument("--data", default="data/python", metavar="DIR",
                         help="corpus folder of data.py (default: data/python)")
@@ -249,6 +250,9 @@ def main():
             print(f"{'right (argmax)':24} {'share':>7} {'mean gain':>10} {'share x gain':>13}")
             for name, (share, gain) in x["groups"].items():
                 print(f"{name:24} {share:7.1%} {gain:+10.4f} {share * gain:+13.4f}")
+    elif args.json:
+        print(json.dumps({path: evaluate(model, args.data, args.windows)
+                          for path, (model, _) in zip(args.checkpoints, models)}, indent=1))
     elif not items and args.sample is None:
         print_table(args.checkpoints, models, args.data, args.windows)
     for path, (model, _) in zip(args.checkpoints, models):

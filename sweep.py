@@ -36,9 +36,8 @@ from eval import evaluate
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
 K, M, BILLION = 2**10, 2**20, 10**9
-LAPTOP = dict(batch_size=8, block_size=128, lr=3e-3, warmup=0.05)
-ONE_GPU = dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3)
-PAPER = dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4)
+ONE_GPU = dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)
+PAPER = dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4, warmup=0.05)
 
 
 @dataclass
@@ -51,21 +50,20 @@ class Scale:
     teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets
     vocab_size: int = 512
     corpus: str = "python"           # a folder of data/
-    training: dict = field(default_factory=lambda: LAPTOP)                   # the rest of Config
+    training: dict = field(default_factory=dict)       # what differs from Config's defaults
     windows: int = 256               # evaluated in each half of a set
     items: int = 500                 # and of the task
 
 
 SCALES = {
     "smoke": Scale(("s", 32 * K), (("xs", 8 * K), ("xs", 64 * K), ("s", 64 * K), ("m", 64 * K)), (0.25, 1.0),
-                   training={**LAPTOP, "compile": False}, windows=16, items=50),
+                   training={"compile": False}, windows=16, items=50),
     "laptop": Scale(("s", 3 * M // 2),
                     (("xs", 2 * M), ("s", 1 * M), ("xs", 8 * M), ("s", 8 * M), ("m", 8 * M))),
     # ("xs", 1K) is a control: one step of training, a teacher that knows nothing
     "full": Scale(("s", 3 * M // 2),
-                  (("xs", 1 * K), ("l", 8 * M),
-                   *((size, n * M) for size in ("xs", "s", "m") for n in (1, 2, 4, 8))),
-                  (0.1, 0.25, 0.5, 0.75, 1.0), tuple(range(11, 19)), teacher_sets=2),
+                  (("xs", 1 * K), *((size, n * M) for size in ("xs", "s") for n in (1, 2, 8)), ("m", 8 * M),
+                   ("l", 8 * M)), (0.1, 0.25, 0.5, 1.0), tuple(range(11, 19)), teacher_sets=2),
     "gpu": Scale(("124M", 256 * M),
                  (("30M", 512 * M), ("124M", 64 * M), ("124M", 512 * M), ("350M", 512 * M)),
                  vocab_size=50_304, corpus="fineweb-edu", training=ONE_GPU),
@@ -110,7 +108,7 @@ class Run:
 
     def cost(self, scale):
         """FLOPs of its training."""
-        shapes = [GPTConfig(scale.vocab_size, scale.training["block_size"], **SIZES[r.size])
+        shapes = [GPTConfig(scale.vocab_size, Config(**scale.training).block_size, **SIZES[r.size])
                   for r in (self, self.teacher) if r]
         return self.tokens * flops_of(shapes[0], self.alphas, shapes[1] if self.teacher else None)
 
