@@ -38,8 +38,8 @@ END_OF_TEXT = "<|endoftext|>"
 # words, numbers of up to 3 digits, punctuation, white space; a leading space belongs to the word, as in GPT-2
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VAL_PERCENT = 5                     # of the documents, chosen by a hash of their name
-OOD_BYTES = 2_000_000               # an out-of-distribution set is cut to so much text, and
-BPE_BYTES = 4_000_000               # the vocabulary is learned from so much of the training text
+OOD_CHARS = 2_000_000               # an out-of-distribution set is cut to so much text, and
+BPE_CHARS = 4_000_000               # the vocabulary is learned from so much of the training text
 PROSE = ("torch", "numpy", "tiktoken", "tqdm", "sympy", "networkx", "mpmath", "jinja2", "markupsafe",
          "filelock", "fsspec", "regex", "requests", "urllib3", "idna", "certifi", "charset-normalizer")
 FINEWEB = ("https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
@@ -56,7 +56,7 @@ def sha(data):
 
 def read_tree(label, root, *endings):
     """The files below root with these endings that are UTF-8 and not empty: (label/relative path, text)."""
-    skip = {"site-packages", "dist-packages", "pydoc_data"}
+    skip = {"site-packages", "dist-packages", "pydoc_data"}  # the last is the set "prose"
     for path in Path(root).rglob("*"):
         inside = path.relative_to(root)
         if path.suffix in endings and not skip & set(inside.parts):
@@ -141,7 +141,7 @@ def split_documents(in_domain, ood):
     for key, documents in ood.items():
         sets[f"ood_{key}"], size = [], 0
         for name, text in unseen(documents):
-            if size >= OOD_BYTES:
+            if size >= OOD_CHARS:
                 break
             sets[f"ood_{key}"].append((name, text))
             size += len(text)
@@ -231,7 +231,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         gpt2 = tiktoken.get_encoding("gpt2")
         ranks, pattern, vocab_size = gpt2._mergeable_ranks, gpt2._pat_str, 50_304         # a multiple of 64
     else:
-        ranks = train_bpe("\n".join(text for _, text in sets["train"])[:BPE_BYTES], vocab_size - 1)
+        ranks = train_bpe("\n".join(text for _, text in sets["train"])[:BPE_CHARS], vocab_size - 1)
         pattern, vocab_size = PATTERN, len(ranks) + 1
     encoding, dtype = make_encoding(ranks, pattern), "uint16" if vocab_size <= 2**16 else "uint32"
 
@@ -376,7 +376,7 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from its last saved state", file=sys.stderr)
+        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,7 +10,7 @@ For a token with label y, student logits z, teacher logits t and temperature T (
 
     loss = (1 - alpha) * CE(z, y)  +  alpha * T^2 * KL( softmax(t/T) || softmax(z/T) )
 
-Several alphas train that many students side by side, on the same batches and with one teacher forward each.
+Several alphas train that many students side by side, on the same batches, with one teacher forward for all.
 The same command after an interruption goes on from the last saved state, and repeats nothing that is done.
 Reads the corpus folder of data.py; writes below --out: ckpt.pt (with several alphas alpha_A/ckpt.pt),
 log.jsonl, and state.pt while the run is unfinished.
@@ -114,6 +114,14 @@ class Config:
 # ------------------------------------------------------------------------------
 # the loss
 
+def keep_top_k(logits, k):
+    """Teacher logits (N, V) of which all but the k likeliest are out of the race; k = 0: as they are."""
+    if logits is None or not k:
+        return logits
+    kept = logits.topk(min(k, logits.size(-1)), dim=-1)
+    return torch.full_like(logits, -1e9).scatter(-1, kept.indices, kept.values)   # not -inf: 0 * log 0 is 0
+
+
 def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None,
                            temperature=1.0, top_k=0):
     """
@@ -132,18 +140,100 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, 
     teacher_logits = teacher_hidden if teacher_weight is None else teacher_hidden @ teacher_weight.T
     teacher_logits = keep_top_k(teacher_logits.detach().float().flatten(0, -2), top_k)   # (B*T, V)
     log_q = F.log_softmax(teacher_logits / temperature, dim=-1)              # teacher
-    log_p = F.log_softmax(logits / temperature, dim=-1)                      # student
-    kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+    log_r = F.log_softmax(logits / temperature, dim=-1)                      # student
+    kl = (log_q.exp() * (log_q - log_r)).sum(-1).mean()
     loss = (1 - alpha) * ce + alpha * temperature**2 * kl
     return loss, ce.detach(), kl.detach()
 
 
-def keep_top_k(logits, k):
-    """Teacher logits (N, V) of which all but the k likeliest are out of the race; k = 0: as they are."""
-    if logits is None or not k:
-        return logits
-    kth = logits.topk(min(k, logits.size(-1)), dim=-1).values[:, -1:]
-    return logits.masked_fill(logits < kth, -1e9)            # not -inf: 0 * log 0 is to be 0
+# ------------------------------------------------------------------------------
+# the same loss, fused: what training runs by default, equal up to rounding
+#
+# The gradient by hand. For one token let p = softmax(z), r = softmax(z/T), q = softmax(t/T), a constant, and
+# e the one-hot label. All it takes is that log sum exp(z) has the gradient softmax(z):
+#     CE = log sum exp(z) - z_y,                                        so  dCE/dz = p - e
+#     KL = sum q log q - sum q z/T + log sum exp(z/T),  with sum q = 1, so  dKL/dz = (r - q) / T
+#     dz = (1 - alpha) (p - e) + alpha T (r - q),  which at T = 1 is p - (1 - alpha) e - alpha q
+# divided by N, as the loss is a mean over N tokens; through z = h W^T:  dh = dz W  and  dW = dz^T h.
+# (T^2 is there because r - q shrinks as 1/T as well: so the gradient's size does not depend on T.)
+
+CHUNK_TOKENS = 256                   # whose logits are held at once on a CPU: at 512 words they fit a cache
+CHUNK_BYTES = 2**29                  # of logits on a GPU: every chunk moves the whole gradient of the head
+
+
+def chunk_loss(z, t, y, alpha, temperature):
+    """
+    Logits z (N, V) and t (N, V) or None, labels y (N,), alpha a tensor -> the sums over tokens of ce and kl.
+    Puts the gradient dz into z.
+    """
+    z_norm = z.logsumexp(-1, keepdim=True)                   # p = exp(z - z_norm)
+    ce = (z_norm - z.gather(-1, y[:, None])).sum()
+    if t is None:
+        z.copy_((z - z_norm).exp())
+        z.scatter_add_(-1, y[:, None], torch.full_like(z_norm, -1.0))
+        return ce, torch.zeros_like(ce)
+    z_T, t_T = (z, t) if temperature == 1 else (z / temperature, t / temperature)
+    r_norm = z_norm if temperature == 1 else z_T.logsumexp(-1, keepdim=True)
+    q_norm = t_T.logsumexp(-1, keepdim=True)
+    p, q, r = (z - z_norm).exp(), (t_T - q_norm).exp(), (z_T - r_norm).exp()
+    kl = (q * (t_T - q_norm - z_T + r_norm)).sum()
+    z.copy_((1 - alpha) * p + alpha * temperature * (r - q))
+    z.scatter_add_(-1, y[:, None], (alpha - 1) * torch.ones_like(z_norm))
+    return ce, kl
+
+
+class FusedLoss(torch.autograd.Function):
+    """distill_loss by chunks of tokens: heads, loss and gradient in one pass; z never exceeds a chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, top_k,
+                chunk_fn):
+        device, h, w, y = hidden.device, hidden.flatten(0, -2), weight, targets.flatten()
+        th, tw = teacher_hidden.flatten(0, -2) if teacher_hidden is not None else None, teacher_weight
+        alpha = alpha if th is not None else 0.0
+        alpha_t = torch.full((), alpha, device=device)       # a number would be compiled anew for each value
+        if torch.is_autocast_enabled(device.type):           # products in low precision, the rest in float32
+            low = torch.get_autocast_dtype(device.type)
+            h, w, th, tw = (x if x is None else x.to(low) for x in (h, w, th, tw))
+        dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
+        rows = CHUNK_TOKENS if device.type == "cpu" else max(1, CHUNK_BYTES // (4 * len(w)))
+        # every chunk's logits go into the same memory: asking for new pages each time takes a fifth longer
+        z_all, t_all = (h.new_empty(min(rows, len(y)), len(x)) for x in (w, () if tw is None else tw))
+        with torch.autocast(device.type, enabled=False):
+            for i in range(0, len(y), rows):
+                part = slice(i, i + rows)
+                n = len(y[part])
+                z = torch.mm(h[part], w.T, out=z_all[:n]).float()
+                t = None if th is None else th[part].float()
+                if tw is not None:
+                    t = torch.mm(th[part], tw.T, out=t_all[:n]).float()
+                ce_part, kl_part = chunk_fn(z, keep_top_k(t, top_k), y[part], alpha_t, temperature)
+                dz, ce, kl = z.to(h.dtype), ce + ce_part, kl + kl_part
+                torch.mm(dz, w, out=dh[part])
+                if dw.dtype == dz.dtype:
+                    dw.addmm_(dz.T, h[part])
+                else:                                        # many small sums would be lost in low precision
+                    dw += dz.T @ h[part]
+        ctx.gradients, ctx.n = (dh.view_as(hidden), dw), len(y)
+        ctx.dtypes = hidden.dtype, weight.dtype
+        ce, kl = ce / len(y), kl / len(y)
+        ctx.mark_non_differentiable(ce, kl)
+        return (1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl
+
+    @staticmethod
+    def backward(ctx, grad, *_):                             # the gradient is there: scale it, and on it goes
+        if ctx.gradients is None:
+            raise RuntimeError("distill_loss allows one backward pass; distill_loss_reference allows more")
+        dh, dw = (x.to(dtype).mul_(grad / ctx.n) for x, dtype in zip(ctx.gradients, ctx.dtypes))
+        ctx.gradients = None
+        return dh, dw, *[None] * 7
+
+
+def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None, temperature=1.0,
+                 top_k=0, chunk_fn=chunk_loss):
+    """distill_loss_reference in its fast form: same arguments, same results; chunk_fn may be compiled."""
+    return FusedLoss.apply(hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, top_k,
+                           chunk_fn)
 
 
 # ------------------------------------------------------------------------------
@@ -159,7 +249,7 @@ def learning_rate(config, step):
 
 
 class Student:
-    """One model in training: its alpha, its optimizer, and its loss scaler, which is for float16 only."""
+    """A model in training, a teacher-to-be too: alpha, optimizer, and a loss scaler, for float16 only."""
 
     def __init__(self, shape, alpha, config, device, dtype):
         torch.manual_seed(config.seed)                       # every alpha starts from the same weights
@@ -186,12 +276,24 @@ class Student:
         return norm
 
 
-def train(config, quiet=False):
+def average(tensors, world):
+    """Replace tensors by their means over all ranks, in one exchange."""
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat)
+    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+        t.copy_(total.view_as(t) / world)
+
+
+PEAK = 989e12                        # FLOP/s of an H100 in dense bfloat16, for MFU
+PARTS = ("model", "optimizer", "scaler")                     # of a student, for its state
+
+
+def train(config, on_step=None):
     """
     Train one student for each alpha of config -> paths of the checkpoints, one for each alpha.
 
-    Repeats bit for bit on one CPU and thread count, killed in between or not. quiet: without a progress bar.
-    Raises UserError or OSError.
+    Repeats bit for bit on one CPU and thread count, killed in between or not. on_step is called with the
+    tokens of each step, in place of a progress bar. Raises UserError or OSError.
     """
     device, dtype = pick_device(config.device, config.dtype)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -212,17 +314,19 @@ def train(config, quiet=False):
 
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step, log = go_on(config, students, paths, about)
-    fast, loss_fn, teacher_hidden = fast_functions(config, device, teacher)
+    # loss_fn is distill_loss; ask_teacher(x) gives what it takes of the teacher: its logits and None, or
+    # where the vocabulary is large, its final states and its head
+    fast, loss_fn, ask_teacher = fast_functions(config, device, teacher)
     for student in students:
         student.hidden = fast(student.model.hidden)
     taught_by_shape = replace(teacher.config, block_size=config.block_size) if teacher else None
     flops = flops_of(shape, config.alpha, taught_by_shape)                   # a token
-    if config.tokens > len(batches.tokens) and not quiet and rank == 0:
+    if config.tokens > len(batches.tokens) and not on_step and rank == 0:
         print(f"--tokens {config.tokens:,}: the {len(batches.tokens):,} of {config.data} are read "
               f"{config.tokens / len(batches.tokens):.1f} times")
     bar = tqdm(total=config.steps * config.tokens_per_step, initial=first_step * config.tokens_per_step,
                desc=f"{config.size} x {len(students)}", unit="tok", unit_scale=True,
-               disable=True if quiet or rank else None)
+               disable=True if on_step or rank else None)
     first_bad = torch.full((), config.steps, device=device)  # the first step with a loss that is no number
     saved_at = logged_at = time.time()
     logged = first_step
@@ -235,11 +339,11 @@ def train(config, quiet=False):
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             with autocast(device, dtype):
-                target = teacher_hidden(x)                   # one teacher forward serves every student
+                told = ask_teacher(x)                        # one teacher forward serves every student
             for i, student in enumerate(students):           # one student per alpha, on the same batch
-                known = target if student.alpha else (None, None)
+                target = told if student.alpha else (None, None)
                 with autocast(device, dtype):
-                    loss, ce, kl = loss_fn(student.hidden(x), student.head, y, student.alpha, *known)
+                    loss, ce, kl = loss_fn(student.hidden(x), student.head, y, student.alpha, *target)
                 student.scaler.scale(loss / config.accumulate).backward()
                 losses[i] += torch.stack([ce, kl]) / config.accumulate
         lr = learning_rate(config, step)
@@ -249,15 +353,15 @@ def train(config, quiet=False):
             norm = student.clip_and_step(lr)
             good = losses.isfinite().all() & (norm.isfinite() | student.scaler.is_enabled())
             first_bad = torch.where(good, first_bad, first_bad.clamp(max=step))
-        bar.update(config.tokens_per_step)
+        (on_step or bar.update)(config.tokens_per_step)
 
         # the log, and a state to go on from; a step that writes neither does not wait for the GPU
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and time.time() - saved_at > config.save_every
         if (logging or saving) and first_bad < config.steps:
-            bad_lr = learning_rate(config, first_bad.item())
-            raise UserError(f"loss or gradient is no number since step {first_bad} (learning rate {bad_lr:.3g}"
-                            "): lower --lr, or look at the data; the last saved state is kept")
+            lr = learning_rate(config, first_bad.item())
+            raise UserError(f"loss or gradient is no number since step {first_bad} (learning rate {lr:.3g}): "
+                            "lower --lr, with another --out, or look at the data")
         if logging:
             if world > 1:
                 average([losses], world)
@@ -266,7 +370,7 @@ def train(config, quiet=False):
             logged, logged_at = step + 1, time.time()
             line = {"step": step, "lr": lr, "alpha": config.alpha, "ce": ce, "kl": kl,
                     "tokens_per_s": round(speed), "flops_per_s": round(speed * flops)}
-            shown = f"loss {ce[-1]:.3f}, {speed * flops / 1e9:,.1f} GFLOP/s"
+            shown = f"ce {ce[-1]:.3f}, {speed * flops / 1e9:,.1f} GFLOP/s"
             if device.type == "cuda":
                 line["mfu"] = speed * flops / world / PEAK
                 shown += f", {line['mfu']:.1%} of an H100"
@@ -288,19 +392,8 @@ def train(config, quiet=False):
     return paths
 
 
-def average(tensors, world):
-    """Replace tensors by their means over all ranks, in one exchange."""
-    flat = torch.cat([t.flatten() for t in tensors])
-    dist.all_reduce(flat)
-    for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
-        t.copy_(total.view_as(t) / world)
-
-
 # ------------------------------------------------------------------------------
 # a run and its files
-
-PARTS = ("model", "optimizer", "scaler")                     # of a student, for its state
-
 
 def load_teacher(config, meta, device):
     """-> the frozen teacher and what its checkpoint says of it, or None twice. Raises UserError, OSError."""
@@ -360,12 +453,9 @@ def go_on(config, students, paths, about):
 
 
 # ------------------------------------------------------------------------------
-# speed: nothing from here on changes what is computed
+# speed: what is computed stays the same, up to rounding
 
 SHARED = 4096                        # vocabulary up to which students share the teacher's logits
-CHUNK_TOKENS = 256                   # whose logits are held at once on a CPU: at 512 words they fit a cache
-CHUNK_BYTES = 2**29                  # of logits on a GPU: every chunk moves the whole gradient of the head
-PEAK = 989e12                        # FLOP/s of an H100 in dense bfloat16, for MFU
 
 
 def flops_of(shape, alphas, teacher_shape):
@@ -413,87 +503,6 @@ def fast_functions(config, device, teacher):
     forward = fast(teacher.forward if small else teacher.hidden)
     head = None if small else teacher.lm_head.weight
     return fast, loss_fn, torch.no_grad()(lambda idx: (forward(idx), head))
-
-
-# The gradient by hand. For one token let p = softmax(z), r = softmax(z/T), q = softmax(t/T), and let e be 1
-# at the label y and 0 elsewhere. Then
-#     CE = log sum exp(z) - z_y,                                        so  dCE/dz = p - e
-#     KL = sum q log q - sum q z/T + log sum exp(z/T),  with sum q = 1, so  dKL/dz = (r - q) / T
-#     dz = (1 - alpha) (p - e) + alpha T (r - q),  which at T = 1 is p - (1 - alpha) e - alpha q
-# and through z = h W^T:  dh = dz W  and  dW = dz^T h.
-
-def chunk_loss(z, t, y, alpha, temperature):
-    """
-    Logits z (N, V) and t (N, V) or None, labels y (N,), alpha a tensor -> the sums over tokens of ce and kl.
-    Puts the gradient dz into z, but for the label's part, -(1 - alpha) e.
-    """
-    z_norm = z.logsumexp(-1, keepdim=True)                   # p = exp(z - z_norm)
-    ce = (z_norm - z.gather(-1, y[:, None])).sum()
-    if t is None:
-        z.copy_((z - z_norm).exp())
-        return ce, torch.zeros_like(ce)
-    z_T, t_T = (z, t) if temperature == 1 else (z / temperature, t / temperature)
-    r_norm = z_norm if temperature == 1 else z_T.logsumexp(-1, keepdim=True)
-    q_norm = t_T.logsumexp(-1, keepdim=True)
-    p, q, r = (z - z_norm).exp(), (t_T - q_norm).exp(), (z_T - r_norm).exp()
-    kl = (q * (t_T - q_norm - z_T + r_norm)).sum()
-    z.copy_((1 - alpha) * p + alpha * temperature * (r - q))
-    return ce, kl
-
-
-class FusedLoss(torch.autograd.Function):
-    """distill_loss by chunks of tokens: heads, loss and gradient in one pass; logits never exceed a chunk."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, top_k,
-                chunk_fn):
-        device, h, w, y = hidden.device, hidden.flatten(0, -2), weight, targets.flatten()
-        th, tw = teacher_hidden.flatten(0, -2) if teacher_hidden is not None else None, teacher_weight
-        alpha = alpha if th is not None else 0.0
-        alpha_t = torch.full((), alpha, device=device)       # a number would be compiled anew for each value
-        if torch.is_autocast_enabled(device.type):           # products in low precision, the rest in float32
-            low = torch.get_autocast_dtype(device.type)
-            h, w, th, tw = (x if x is None else x.to(low) for x in (h, w, th, tw))
-        dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
-        rows = CHUNK_TOKENS if device.type == "cpu" else max(1, CHUNK_BYTES // (4 * len(w)))
-        # every chunk's logits go into the same memory: asking for new pages each time takes a fifth longer
-        z_all, t_all = (h.new_empty(min(rows, len(y)), len(w)) for _ in range(2))
-        with torch.autocast(device.type, enabled=False):
-            for i in range(0, len(y), rows):
-                part = slice(i, i + rows)
-                n = len(y[part])
-                z = torch.mm(h[part], w.T, out=z_all[:n]).float()
-                t = None if th is None else th[part].float()
-                if tw is not None:
-                    t = torch.mm(th[part], tw.T, out=t_all[:n]).float()
-                ce_part, kl_part = chunk_fn(z, keep_top_k(t, top_k), y[part], alpha_t, temperature)
-                z[torch.arange(n, device=device), y[part]] -= 1 - alpha
-                dz, ce, kl = z.to(h.dtype), ce + ce_part, kl + kl_part
-                torch.mm(dz, w, out=dh[part])
-                if dw.dtype == dz.dtype:
-                    dw.addmm_(dz.T, h[part])
-                else:                                        # many small sums would be lost in low precision
-                    dw += dz.T @ h[part]
-        ctx.gradients, ctx.n = (dh.view_as(hidden), dw), len(y)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ce, kl = ce / len(y), kl / len(y)
-        ctx.mark_non_differentiable(ce, kl)
-        return (1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl
-
-    @staticmethod
-    def backward(ctx, grad, *_):
-        if ctx.gradients is None:
-            raise RuntimeError("distill_loss allows one backward pass; distill_loss_reference allows more")
-        dh, dw = (x.to(dtype).mul_(grad / ctx.n) for x, dtype in zip(ctx.gradients, ctx.dtypes))
-        ctx.gradients = None
-        return dh, dw, *[None] * 7
-
-
-def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None, temperature=1.0,
-                 top_k=0, chunk_fn=chunk_loss):
-    """distill_loss_reference in its fast form: same arguments, same results; chunk_fn may be compiled."""
-    return FusedLoss.apply(hidden, weight, targets, alpha, teacher_hidden, teacher_weight, temperature, top_k,
-                           chunk_fn)
 
 
 # ------------------------------------------------------------------------------

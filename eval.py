@@ -7,8 +7,8 @@ How good is a model: loss in domain and out of distribution, one downstream task
     python eval.py out/124M/ckpt.pt --data data/fineweb-edu --items hellaswag_val.jsonl
 
 Reads checkpoints of distill.py and the corpus folder of data.py. Models of one block_size see the same
-windows and items. Both are cut in two halves, the first and the second half of the held-out documents: choose
-on `select`, quote from `report`. Loss is in nats per token.
+windows and items. Both are cut in two halves, from the first and from the later held-out documents: choose on
+`select`, quote from `report`. Loss is in nats per token.
 
 The task, next_line, is made from held-out documents: which of four lines of a file comes next (after
 HellaSwag, arXiv 1905.07830)? Its score is the probability that the model gives to the right one of the four,
@@ -32,6 +32,12 @@ from model import autocast, load_checkpoint, pick_device
 # ------------------------------------------------------------------------------
 # token by token, over fixed windows
 
+def thin(items, most):
+    """At most so many of them, evenly spaced."""
+    n = min(len(items), most)
+    return [items[k * len(items) // n] for k in range(n)]
+
+
 def read_windows(path, block_size, most):
     """-> {"select": ids (<= most, block_size + 1), "report": the same}, evenly spaced over either half."""
     tokens = load_tokens(path)
@@ -44,12 +50,6 @@ def read_windows(path, block_size, most):
         rows = np.stack([tokens[s * block_size:(s + 1) * block_size + 1] for s in starts])
         halves[half] = torch.from_numpy(rows.astype(np.int64))
     return halves
-
-
-def thin(items, most):
-    """At most so many of them, evenly spaced."""
-    n = min(len(items), most)
-    return [items[k * len(items) // n] for k in range(n)]
 
 
 @torch.no_grad()
@@ -176,12 +176,12 @@ def token_gains(base, student, teacher, data_dir, windows=256):
     """
     Where does the student gain on the baseline, on the report halves? -> {"in_domain": x, "out": x}, x =
     {"gain": nats per token, "groups": {name: (share, gain)}}, the groups by who predicts the token right
-    (argmax). Shares times gains add up to the gain. Some of it comes from sorting alone: compare with a
-    baseline of another seed in the student's place.
+    (argmax). Shares times gains add up to the gain. Where a baseline was unlucky any other model gains: so
+    compare with a baseline of another seed in the student's place.
     """
     found, sets = {}, evaluation_sets(data_dir)
-    for where in ("in_domain", "out"):
-        paths = [path for name, path in sets.items() if (name == "in_domain") == (where == "in_domain")]
+    inside, outside = [sets["in_domain"]], [path for name, path in sets.items() if name != "in_domain"]
+    for where, paths in (("in_domain", inside), ("out", outside)):
         rows = torch.cat([read_windows(path, base.config.block_size, windows)["report"] for path in paths])
         (b, b_right), (s, _), (_, t_right) = (token_scores(model, rows) for model in (base, student, teacher))
         gain = (b - s).double()
@@ -210,6 +210,10 @@ def print_table(paths, models, data_dir, windows):
           "four\nand how often it is the likeliest (chance is 0.25); in brackets the gain on [0]")
     print(" " * 15 + "".join(f"{f'[{i}]':30}" for i in range(len(paths))))
     metrics = [evaluate(model, data_dir, windows) for model, _ in models]
+    for m in metrics:
+        outside = [half["report"] for name, half in m.items() if name.startswith("ood/")]
+        if outside:
+            m["ood, mean"] = {"report": np.mean(outside)}
     for name, first in metrics[0].items():
         line = f"{name:15}"
         for i, m in enumerate(metrics):
@@ -253,7 +257,7 @@ def main():
     elif args.json:
         print(json.dumps({path: evaluate(model, args.data, args.windows)
                           for path, (model, _) in zip(args.checkpoints, models)}, indent=1))
-    elif not items and args.sample is None:
+    elif not args.items and args.sample is None:
         print_table(args.checkpoints, models, args.data, args.windows)
     for path, (model, _) in zip(args.checkpoints, models):
         if items:

@@ -4,7 +4,7 @@ A Llama-style GPT, its checkpoint, and its way out to transformers. Teacher and 
     python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and what reads its folders
 
 The architecture of "Strong Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), which
-takes Llama 3's (2407.21783): RMSNorm before each block (1910.07467), rotary positions (2104.09864),
+takes Llama 3's (2407.21783): RMSNorm before each half of a layer (1910.07467), rotary positions (2104.09864),
 grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases, a head tied to the embedding or not.
 """
 import math
@@ -59,7 +59,7 @@ def rotary_table(block_size, head_dim, theta):
     """cos and sin of position * frequency, each (block_size, head_dim): RoPE, in Llama's half-split order."""
     freq = theta ** (-torch.arange(0, head_dim, 2).float() / head_dim)
     angle = torch.outer(torch.arange(block_size).float(), freq)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([angle, angle], dim=-1)                # x[i] and x[i + D/2] turn together: see rotate
     return angle.cos(), angle.sin()
 
 
@@ -142,7 +142,8 @@ class GPT(nn.Module):
             self.lm_head.weight = self.embed_tokens.weight
 
     def hidden(self, idx):
-        """Ids (B, T), T at most block_size -> final, normed hidden states (B, T, C)."""
+        """Ids (B, T) -> final, normed hidden states (B, T, C): what the fused loss takes, which never holds
+        all logits. T is at most block_size."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit the context of {self.config.block_size}"
         x = self.embed_tokens(idx)                                           # (B, T, C)
@@ -232,6 +233,8 @@ def load_whole(path):
         if zipfile.ZipFile(path).testzip():                  # torch.load does not see a flipped byte
             raise ValueError
         return torch.load(path, map_location="cpu", weights_only=True)
+    except (MemoryError, PermissionError):
+        raise
     except Exception:                                        # these raise many kinds, of one meaning
         raise OSError(f"{path} is damaged, or no file of distill.py: delete it and train again") from None
 
@@ -270,7 +273,8 @@ def to_hf(path, folder, data_dir):
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
         max_position_embeddings=c.block_size, rms_norm_eps=1e-5, rope_theta=c.rope_theta,
-        tie_word_embeddings=c.tie_embeddings, eos_token_id=encoding.eot_token))
+        tie_word_embeddings=c.tie_embeddings, bos_token_id=encoding.eot_token,
+        eos_token_id=encoding.eot_token))
     llama.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": weight
                            for name, weight in model.state_dict().items()})
     llama.save_pretrained(folder)

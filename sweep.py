@@ -22,7 +22,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -36,6 +36,8 @@ from eval import evaluate
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
 K, M, BILLION = 2**10, 2**20, 10**9
+TIMES = (0.5, 1, 2)                  # the student alone is trained on so many times its tokens
+KNOWS_NOTHING = 4 * K                # tokens up to which a teacher is a control, that counts in no rule
 ONE_GPU = dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)
 PAPER = dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4, warmup=0.05)
 
@@ -60,7 +62,7 @@ SCALES = {
                    training={"compile": False}, windows=16, items=50),
     "laptop": Scale(("s", 3 * M // 2),
                     (("xs", 2 * M), ("s", 1 * M), ("xs", 8 * M), ("s", 8 * M), ("m", 8 * M))),
-    # ("xs", 1K) is a control: one step of training, a teacher that knows nothing
+    # xs at 1K is a control: one step of training, a teacher that knows nothing
     "full": Scale(("s", 3 * M // 2),
                   (("xs", 1 * K), *((size, n * M) for size in ("xs", "s") for n in (1, 2, 8)), ("m", 8 * M),
                    ("l", 8 * M)), (0.1, 0.25, 0.5, 1.0), tuple(range(11, 19)), teacher_sets=2),
@@ -125,14 +127,16 @@ def plan(scale):
     size, tokens = scale.student
     sets = sorted({seed % scale.teacher_sets for seed in scale.seeds})
     teachers = {(t, n): Run("teacher", *t, 1000 + n) for t in scale.teachers for n in sets}
-    alone = [Run("student", size, int(tokens * times), seed) for seed in scale.seeds for times in (0.5, 1, 2)]
+    alone = [Run("student", size, int(tokens * times), seed) for seed in scale.seeds for times in TIMES]
     taught = [Run("student", size, tokens, seed, teachers[t, seed % scale.teacher_sets], scale.alphas)
               for seed in scale.seeds for t in scale.teachers]
     return sorted([*teachers.values(), *alone], key=lambda r: -r.cost(scale)), taught
 
 
-def start_worker(threads):
+def start_worker(threads, flops_done):
     """Set a worker process up: it shares the cores, and ends with the sweep, even where that was killed."""
+    global progress                                          # of all workers, for the bar
+    progress = flops_done
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)            # Ctrl-C is for the sweep
     parent = multiprocessing.parent_process()
@@ -141,8 +145,12 @@ def start_worker(threads):
 
 def run_one(a_run, scale, config, corpus):
     """In a worker: train and evaluate -> rows of results.jsonl."""
-    start, rows = time.time(), []
-    for key, path in zip(a_run.keys(), train(config, quiet=True)):
+    start, rows, flops = time.time(), [], a_run.cost(scale) / a_run.tokens  # a token
+
+    def on_step(tokens):
+        with progress.get_lock():
+            progress.value += tokens * flops
+    for key, path in zip(a_run.keys(), train(config, on_step)):
         model, _ = load_checkpoint(path, pick_device(config.device)[0])
         metrics = evaluate(model, config.data, scale.windows, scale.items)
         rows.append({**key, "corpus": corpus, "metrics": metrics})
@@ -194,22 +202,28 @@ def sweep(scale, data, out, jobs, device):
     first = [a_run for a_run in first if missing(a_run) or a_run in needed]
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)             # read by the workers when their torch starts
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
+    spawn = multiprocessing.get_context("spawn")
+    flops_done = spawn.Value("d")
+    pool = ProcessPoolExecutor(jobs, spawn, start_worker, (threads, flops_done))
     bar = tqdm(total=sum(r.cost(scale) for r in first + todo), unit="FLOP", unit_scale=True)
     try:
         for stage in (first, todo):                          # a barrier: the teachers are there
             futures = {pool.submit(run_one, r, scale, r.config(scale, data, out, device=device), corpus): r
                        for r in stage}
-            for future in as_completed(futures):
-                new = [row for row in future.result() if not is_there({key: row[key] for key in KEYS})]
-                rows += new
-                with open(results, "a") as f:
-                    f.write("".join(json.dumps(row) + "\n" for row in new))
-                done = futures[future]
-                bar.write(f"  {done}")
-                bar.update(done.cost(scale))
-                if done.teacher and not any(missing(r) for r in second if r.seed == done.seed):
-                    bar.write(f"\nafter seed {done.seed}: {report(rows, out)}")
+            waiting = set(futures)
+            while waiting:
+                ended, waiting = wait(waiting, timeout=2, return_when=FIRST_COMPLETED)
+                bar.update(flops_done.value - bar.n)
+                for future in ended:
+                    # a teacher trained again, because only its row was left, has its row already
+                    new = [row for row in future.result() if not is_there({key: row[key] for key in KEYS})]
+                    rows += new
+                    with open(results, "a") as f:
+                        f.write("".join(json.dumps(row) + "\n" for row in new))
+                    done = futures[future]
+                    bar.write(f"  {done}")
+                    if done.teacher and not any(missing(r) for r in second if r.seed == done.seed):
+                        bar.write(f"\nafter seed {done.seed}: {report(rows, out)}")
     except BaseException:                                    # Ctrl-C, or a worker's exception: all stop
         for worker in multiprocessing.active_children():
             worker.kill()
@@ -225,7 +239,6 @@ def sweep(scale, data, out, jobs, device):
 
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
-KNOWS_NOTHING = 4 * K                # tokens up to which a teacher is a control, that counts in no rule
 
 
 def interval(values):
@@ -279,7 +292,7 @@ class Study:
         taught = [row for row in rows if row["teacher"] and (row["size"], row["tokens"]) == student]
         self.alphas = sorted({row["alpha"] for row in taught})
         teachers = {(row["teacher"]["size"], row["teacher"]["tokens"]) for row in taught}
-        alone = {n: by_seed(rows, "student", (size, int(n * tokens))) for n in (0.5, 1, 2)}
+        alone = {n: by_seed(rows, "student", (size, int(n * tokens))) for n in TIMES}
         cells = {(t, a): by_seed(rows, "student", student, t, a) for t in teachers for a in self.alphas}
         own = {t: {} for t in teachers}                      # the teacher of each student's seed
         for t in teachers:
@@ -427,9 +440,10 @@ FINDINGS = {"A weak teacher helps": weak_teacher_helps,
 
 def report(rows, out):
     """Write report.md and, with matplotlib, a figure for each student -> the report, in Markdown."""
-    text = (f"{len(rows)} models, {sum(row['seconds'] for row in rows) / 60:.0f} minutes, corpus "
-            f"{rows[0]['corpus']}; made from results.jsonl by `python sweep.py --report`. ± is a 95 % "
-            "t-interval over seeds; alpha is chosen on select halves, figures are of the report halves.\n")
+    minutes = sum(row["seconds"] for row in rows) / 60
+    text = (f"{len(rows)} models, {minutes:.0f} minutes of one worker, corpus {rows[0]['corpus']}; made from "
+            "results.jsonl by `python sweep.py --report`. ± is a 95 % t-interval over seeds of the student, "
+            "given these teachers; alpha is chosen on select halves, figures are of the report halves.\n")
     for student in sorted({(row["size"], row["tokens"]) for row in rows if row["teacher"]}):
         study = Study(rows, student)
         seeds = ", ".join(map(str, study.seeds)) or "none complete yet"
