@@ -281,7 +281,7 @@ def load_meta(data_dir):
     """meta.json of a corpus folder: sizes, fingerprints, and what it was made from. Raises UserError."""
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
-        raise UserError(f"{data_dir} is no corpus: make one with python data.py --out {data_dir}")
+        raise UserError(f"{data_dir} is no corpus folder; python data.py --out {data_dir} makes one")
     try:
         meta = json.loads(Path(path).read_text(encoding="utf-8"))
         if meta["fingerprint"] != fingerprint(meta):

@@ -219,7 +219,7 @@ def save_whole(path, obj):
         torch.save(obj, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
     except RuntimeError as e:                                # torch's own word for a full disk
-        raise OSError(f"cannot write {path}: {e}") from e
+        raise OSError(f"cannot write {path}, is the disk full? ({e})") from e
 
 
 def load_whole(path):

@@ -202,6 +202,7 @@ def sweep(scale, data, out, jobs, device):
     first = [a_run for a_run in first if missing(a_run) or a_run in needed]
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)             # read by the workers when their torch starts
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")       # its complaint after Ctrl-C
     spawn = multiprocessing.get_context("spawn")
     flops_done = spawn.Value("d")
     pool = ProcessPoolExecutor(jobs, spawn, start_worker, (threads, flops_done))

@@ -882,7 +882,7 @@ BAD = [
     (data.main, "--corpus text --train other.txt --out data", "another corpus"),
     (data.main, "--tokens 3x", "'3x' is no number of tokens"),
     (distill.main, "--data data --size xxl --out new", "--size must be one of"),
-    (distill.main, "--data data --alpha 2 --out new --teacher run/ckpt.pt", "[0, 1]"),
+    (distill.main, "--data data --alpha 2 --out new --teacher run/ckpt.pt", "numbers from 0 to 1"),
     (distill.main, "--data data --alpha 0.5,0.5 --teacher run/ckpt.pt --out new", "twice"),
     (distill.main, "--data data --alpha 0.5 --out new", "needs a --teacher"),
     (distill.main, "--data data --teacher run/ckpt.pt --out new", "teaches nothing"),
