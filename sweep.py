@@ -224,7 +224,8 @@ def sweep(scale, data, out, jobs, device):
                     done = futures[future]
                     bar.write(f"  {done}")
                     if done.teacher and not any(missing(r) for r in second if r.seed == done.seed):
-                        bar.write(f"\nafter seed {done.seed}: {report(rows, out)}")
+                        verdicts = [line for line in report(rows, out).splitlines() if "**" in line]
+                        bar.write("\n".join([f"\nafter seed {done.seed}, {out}/report.md:", *verdicts, ""]))
     except BaseException:                                    # Ctrl-C, or a worker's exception: all stop
         for worker in multiprocessing.active_children():
             worker.kill()
