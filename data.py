@@ -235,21 +235,17 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         pattern, vocab_size = PATTERN, len(ranks) + 1
     encoding, dtype = make_encoding(ranks, pattern), "uint16" if vocab_size <= 2**16 else "uint32"
 
-    def encoded(documents):
-        for i in tqdm(range(0, len(documents), 64), desc="encoding", disable=None, leave=False):
-            for ids in encoding.encode_ordinary_batch([text for _, text in documents[i:i + 64]]):
-                yield np.array([*ids, encoding.eot_token], dtype)
-    arrays = {name: encoded(documents) for name, documents in sets.items()}       # name -> pieces of its ids
     os.makedirs(out_dir, exist_ok=True)
+    arrays = {name: encode(documents, encoding, dtype) for name, documents in sets.items()}
     if corpus == "fineweb-edu":
         names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
         arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
         arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
+    written = {name: write_ids(out_dir, name, ids, encoding) for name, ids in arrays.items()}
     meta = {"call": call, "tokenizer": sha(vocab + pattern), "pattern": pattern, "ids": encoding.n_vocab,
-            "vocab_size": vocab_size, "dtype": dtype,
-            "sets": {name: write_ids(out_dir, name, ids, encoding) for name, ids in arrays.items()},
+            "vocab_size": vocab_size, "dtype": dtype, "sets": written,
             "versions": {name: importlib.metadata.version(name)
                          for name in ("torch", "numpy", "tiktoken", "sympy", "networkx")},
             "python": sys.version.split()[0]}
@@ -257,6 +253,13 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     Path(out_dir, "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(os.path.join(out_dir, "meta.json.tmp"), os.path.join(out_dir, "meta.json"))
     return meta
+
+
+def encode(documents, encoding, dtype):
+    """Documents (name, text) -> one by one the array of their ids, closed by end-of-text."""
+    for i in tqdm(range(0, len(documents), 64), desc="encoding", disable=None, leave=False):
+        for ids in encoding.encode_ordinary_batch([text for _, text in documents[i:i + 64]]):
+            yield np.array([*ids, encoding.eot_token], dtype)
 
 
 def write_ids(out_dir, name, arrays, encoding):

@@ -88,10 +88,11 @@ class Config:
     def __post_init__(self):
         for ok, what in (
                 (self.size in SIZES, f"--size must be one of {' '.join(SIZES)}, not {self.size}"),
-                (all(0 <= a <= 1 for a in self.alpha), f"--alpha takes numbers from 0 to 1, as in 0,0.25,1, not {self.alpha}"),
+                (all(0 <= a <= 1 for a in self.alpha),
+                 f"--alpha takes numbers from 0 to 1, as in 0,0.25,1, not {self.alpha}"),
                 (len({*self.alpha}) == len(self.alpha), f"--alpha names a value twice: {self.alpha}"),
                 (self.teacher or not any(self.alpha), "--alpha above 0 needs a --teacher"),
-                (any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha 0: give --alpha 0.25"),
+                (any(self.alpha) or not self.teacher, "a --teacher teaches nothing at alpha 0: try 0.25"),
                 (min(self.batch_size, self.block_size, self.accumulate, self.log_every, self.temperature) > 0,
                  "batch_size, block_size, accumulate, log_every and temperature must be above 0"),
                 (min(self.seed, self.top_k, self.lr, self.warmup) >= 0,

@@ -49,7 +49,7 @@ class Scale:
     teachers: tuple                  # of (size, tokens)
     alphas: tuple = (0.25, 0.5, 1.0)
     seeds: tuple = (1, 2, 3)         # of a student's weights and data order
-    teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets
+    teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets: 1000
     vocab_size: int = 512
     corpus: str = "python"           # a folder of data/
     training: dict = field(default_factory=dict)       # what differs from Config's defaults
@@ -144,7 +144,11 @@ def start_worker(threads, flops_done):
 
 
 def run_one(a_run, scale, config, corpus):
-    """In a worker: train and evaluate -> rows of results.jsonl."""
+    """
+    In a worker: train and evaluate -> rows of results.jsonl, one for each alpha: {"kind": "student", "size":
+    "s", "tokens": 1572864, "seed": 1, "teacher": {"size": "xs", "tokens": 2097152, "seed": 1000},
+    "alpha": 0.25, "corpus": fingerprint, "metrics": what evaluate() returns, "seconds": 40.2}.
+    """
     start, rows, flops = time.time(), [], a_run.cost(scale) / a_run.tokens  # a token
 
     def on_step(tokens):
