@@ -355,6 +355,8 @@ def test_loss_equals_torchs_own(loss_fn, alpha, temperature, top_k):
     if top_k == 1 and temperature == 1:                       # hard labels
         assert torch.allclose(kl, F.cross_entropy(z, t.argmax(-1)), atol=1e-5)
     assert torch.allclose(loss_fn(hidden, weight, targets, 0.0)[0], ce2)
+    if top_k:                                                 # exactly k, ties or not
+        assert (distill.keep_top_k(torch.zeros(3, 11), top_k) == 0).sum() == 3 * min(top_k, 11)
 
 
 @pytest.mark.parametrize("loss_fn", LOSSES)
