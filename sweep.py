@@ -49,7 +49,7 @@ class Scale:
     teachers: tuple                  # of (size, tokens)
     alphas: tuple = (0.25, 0.5, 1.0)
     seeds: tuple = (1, 2, 3)         # of a student's weights and data order
-    teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets: 1000
+    teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets
     vocab_size: int = 512
     corpus: str = "python"           # a folder of data/
     training: dict = field(default_factory=dict)       # what differs from Config's defaults
@@ -150,11 +150,16 @@ def run_one(a_run, scale, config, corpus):
     "alpha": 0.25, "corpus": fingerprint, "metrics": what evaluate() returns, "seconds": 40.2}.
     """
     start, rows, flops = time.time(), [], a_run.cost(scale) / a_run.tokens  # a token
+    left = a_run.tokens
 
     def on_step(tokens):
+        nonlocal left
+        left -= tokens
         with progress.get_lock():
             progress.value += tokens * flops
-    for key, path in zip(a_run.keys(), train(config, on_step)):
+    paths = train(config, on_step)
+    on_step(left)                                            # what an earlier start has done counts as well
+    for key, path in zip(a_run.keys(), paths):
         model, _ = load_checkpoint(path, pick_device(config.device)[0])
         metrics = evaluate(model, config.data, scale.windows, scale.items)
         rows.append({**key, "corpus": corpus, "metrics": metrics})
@@ -258,7 +263,7 @@ def interval(values):
 def show(values):
     """'+0.012 ± 0.003', or the mean alone for a single value."""
     mean, half = interval(values)
-    return f"{mean:+.3f}" + (f" ± {half:.3f}" if half < math.inf else "")
+    return "none" if math.isnan(mean) else f"{mean:+.3f}" + (f" ± {half:.3f}" if half < math.inf else "")
 
 
 def judge(values):
@@ -272,6 +277,8 @@ def judge(values):
 def losses(rows, where, half="report"):
     """An array, a value a row: nats per token "in" domain or "out" (mean over sets); "task": in percent."""
     prefix, unit = {"in": ("in_domain", 1), "out": ("ood/", 1), "task": ("task/next_line", -100)}[where]
+    if where == "task" and "task/next_line" not in rows[0]["metrics"]:       # a corpus too small for it
+        return np.full(len(rows), np.nan)
     return unit * np.array([np.mean([values[half] for key, values in row["metrics"].items()
                                      if key.startswith(prefix)]) for row in rows])
 
@@ -454,7 +461,7 @@ def report(rows, out):
         study = Study(rows, student)
         seeds = ", ".join(map(str, study.seeds)) or "none complete yet"
         text += f"\n## Student {name(student)}, seeds {seeds}\n\n"
-        if not study.seeds:
+        if not study.seeds or not study.teachers:
             continue
         for i, (claim, rule) in enumerate(FINDINGS.items(), 1):
             verdict, seen = rule(study)

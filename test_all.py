@@ -776,6 +776,16 @@ def test_robustness_is_the_distance_below_the_curve_and_never_extrapolated():
     assert np.allclose(study.same_compute(("m", 32 * M)), 0.3 * math.log2(1 + flops[0] / flops[1] / 3))
 
 
+def test_a_report_without_a_task_and_of_a_control_alone(tmp_path):
+    rows = made_up({**PAPER, ("xs", 2**-10, 6.0): {0.25: (-0.5, -0.9), 1.0: (-3.0, -3.0)}})
+    for row in rows:
+        row["metrics"].pop("task/next_line", None)
+    text = sweep.report(rows, str(tmp_path))
+    assert "| none |" in text and "nan" not in text
+    alone = [row for row in rows if not row["teacher"] or row["teacher"]["tokens"] < sweep.KNOWS_NOTHING]
+    assert "reproduced" not in sweep.report(alone, str(tmp_path))
+
+
 def test_two_sets_of_teachers_and_unfinished_seeds():
     rows = made_up(PAPER, seeds=(11, 12, 13, 14), sets=2)
     assert sum(row["kind"] == "teacher" for row in rows) == 6
