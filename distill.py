@@ -156,7 +156,7 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, 
 #     KL = sum q log q - sum q z/T + log sum exp(z/T),  with sum q = 1, so  dKL/dz = (r - q) / T
 #     dz = (1 - alpha) (p - e) + alpha T (r - q),  which at T = 1 is p - (1 - alpha) e - alpha q
 # divided by N, as the loss is a mean over N tokens; through z = h W^T:  dh = dz W  and  dW = dz^T h.
-# (T^2 is there because r - q shrinks as 1/T as well: so the gradient's size does not depend on T.)
+# (T^2 is there because r - q shrinks as 1/T as well when T grows: so the gradient keeps its size.)
 
 CHUNK_TOKENS = 256                   # whose logits are held at once on a CPU: at 512 words they fit a cache
 CHUNK_BYTES = 2**29                  # of logits on a GPU: every chunk moves the whole gradient of the head
@@ -307,6 +307,8 @@ def train(config, on_step=None):
     if finished(config, paths, about):
         if rank == 0:                                        # killed on its last line
             Path(config.out, "state.pt").unlink(missing_ok=True)
+            if not on_step:
+                print(f"{config.out} is finished already: nothing was trained")
         return paths
     if config.batch_size % world:
         raise UserError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks")
