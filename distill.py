@@ -496,9 +496,9 @@ def fast_functions(config, device, teacher):
     if config.compile and compiler_works(device):
         torch._dynamo.config.cache_size_limit = 64           # a run has one shape, a process many runs
         fast = functools.partial(torch.compile, dynamic=False)
-    loss_fn = functools.partial(distill_loss, chunk_fn=fast(chunk_loss))
-    if not config.fused:
-        loss_fn = distill_loss_reference
+    loss_fn = distill_loss_reference
+    if config.fused:
+        loss_fn = functools.partial(distill_loss, chunk_fn=fast(chunk_loss))
     loss_fn = functools.partial(loss_fn, temperature=config.temperature, top_k=config.top_k)
     if teacher is None:
         return fast, loss_fn, lambda idx: (None, None)

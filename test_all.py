@@ -57,7 +57,7 @@ def corpus(tmp_path_factory):
 
 def config(corpus, out, **more):
     small = dict(size="xs", tokens=8192, batch_size=4, block_size=32, lr=3e-3, warmup=0.05, compile=False,
-                 log_every=4)                                 # at a higher rate rounding grows too fast to compare
+                 log_every=4)            # at a higher rate rounding grows too fast to compare runs
     return distill.Config(data=corpus, out=str(out), **{**small, **more})
 
 
