@@ -66,7 +66,7 @@ def token_scores(model, rows):
             logits = model(part[:, :-1])
         logp = F.log_softmax(logits.float(), dim=-1)                         # (B, T, V)
         loss = -logp.gather(-1, part[:, 1:, None])[..., 0]
-        scores.append((loss.cpu(), (logp.argmax(-1) == part[:, 1:]).cpu()))
+        scores.append((loss.cpu(), (-loss == logp.amax(-1)).cpu()))
     return tuple(torch.cat(s) for s in zip(*scores))
 
 
@@ -139,12 +139,17 @@ def score_items(model, encoding, items):
             row = [encoding.eot_token, *context, *ids][-T - 1:]
             spans.append((len(row) - 1 - len(ids), len(row) - 1, len(choice)))
             rows.append(row)
-    width = max(map(len, rows))                              # padding on the right is never looked at
-    loss, _ = token_scores(model, torch.tensor([row + [0] * (width - len(row)) for row in rows]))
-    likelihoods = iter([-row[first:last].sum() / n for row, (first, last, n) in zip(loss, spans)])
+    likelihoods = torch.empty(len(rows))
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))         # so that little is padding
+    for start in range(0, len(rows), 32):
+        group = by_length[start:start + 32]
+        width = len(rows[group[-1]])                         # padding on the right is never looked at
+        loss, _ = token_scores(model, torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group]))
+        for i, row in zip(group, loss):
+            first, last, characters = spans[i]
+            likelihoods[i] = -row[first:last].sum() / characters
     scores = []
-    for item in items:
-        per_character = torch.stack([next(likelihoods) for _ in item["choices"]])
+    for item, per_character in zip(items, likelihoods.split([len(item["choices"]) for item in items])):
         right = per_character.softmax(0)[item["label"]].item()
         scores.append((right, float(per_character.argmax() == item["label"])))
     return scores

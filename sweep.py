@@ -65,7 +65,7 @@ SCALES = {
     # xs at 1K is a control: one step of training, a teacher that knows nothing
     "full": Scale(("s", 3 * M // 2),
                   (("xs", 1 * K), *((size, n * M) for size in ("xs", "s") for n in (1, 2, 8)), ("m", 8 * M),
-                   ("l", 8 * M)), (0.1, 0.25, 0.5, 1.0), tuple(range(11, 19)), teacher_sets=2),
+                   ("l", 8 * M)), seeds=tuple(range(11, 19)), teacher_sets=2),
     "gpu": Scale(("124M", 256 * M),
                  (("30M", 512 * M), ("124M", 64 * M), ("124M", 512 * M), ("350M", 512 * M)),
                  vocab_size=50_304, corpus="fineweb-edu", training=ONE_GPU),
