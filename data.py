@@ -246,9 +246,9 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     written = {name: write_ids(out_dir, name, ids, encoding) for name, ids in arrays.items()}
     meta = {"call": call, "tokenizer": sha(vocab + pattern), "pattern": pattern, "ids": encoding.n_vocab,
             "vocab_size": vocab_size, "dtype": dtype, "sets": written,
-            "versions": {name: importlib.metadata.version(name)
-                         for name in ("torch", "numpy", "tiktoken", "sympy", "networkx")},
-            "python": sys.version.split()[0]}
+            "python": sys.version.split()[0], "versions": {
+                d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()
+                if d.metadata["Name"].lower() in PROSE}}
     meta["fingerprint"] = fingerprint(meta)
     Path(out_dir, "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(os.path.join(out_dir, "meta.json.tmp"), os.path.join(out_dir, "meta.json"))

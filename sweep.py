@@ -505,10 +505,10 @@ def draw(study, path):
     for i, (along, teachers) in enumerate(paths_of(study).items()):
         line(middle, teachers, [study.best(t) for t in teachers], label=f"along {along}",
              marker="os^D"[i % 4], color="0.5" if i else "black", ls="--" if i else "-")
-    for t in study.teachers:
+    for i, t in enumerate(study.teachers):
         at = study.weakness(t), study.best(t).mean()
         middle.plot(*at, ".", color="black")
-        middle.annotate(name(t), at, fontsize=8, textcoords="offset points", xytext=(4, 6))
+        middle.annotate(name(t), at, fontsize=8, textcoords="offset points", xytext=(4, -12 if i % 2 else 6))
     line(middle, study.teachers, [study.same_compute(t) for t in study.teachers],
          label="same compute, no teacher", marker="x", color="0.7", ls="none")
     for axis in (left, middle):
