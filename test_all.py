@@ -654,6 +654,8 @@ def test_token_groups_add_up(corpus, tmp_path):
         assert abs(sum(share for share, _ in groups) - 1) < 1e-6
         rows = evaluation.read_windows(evaluation.evaluation_sets(corpus)[name], 32, 64)["report"]
         (b, b_right), (s, _), (_, t_right) = (evaluation.token_scores(m, rows) for m in models)
+        by_hand = models[2](rows[:32, :-1]).argmax(-1) == rows[:32, 1:]
+        assert torch.equal(t_right[:32], by_hand) and by_hand.any() and not by_hand.all()
         only = (b - s)[t_right & ~b_right].tolist()
         assert x["groups"]["teacher only"][0] == len(only) / b.numel()
         assert abs(x["groups"]["teacher only"][1] - (np.mean(only) if only else 0)) < 1e-5
