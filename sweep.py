@@ -511,6 +511,7 @@ def draw(study, path):
         middle.annotate(name(t), at, fontsize=8, textcoords="offset points", xytext=(4, -12 if i % 2 else 6))
     line(middle, study.teachers, [study.same_compute(t) for t in study.teachers],
          label="same compute, no teacher", marker="x", color="0.7", ls="none")
+    middle.margins(x=0.1)                                    # room for the names
     for axis in (left, middle):
         axis.axhline(0, color="0.6", lw=0.8)
         axis.axvline(0, color="0.6", lw=0.8)
@@ -554,6 +555,7 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--scale", default="laptop", choices=SCALES, help="the experiment (default: laptop)")
     parser.add_argument("--student", metavar="SIZE:TOKENS", help="student in place of the scale's, as s:1.5M")
+    parser.add_argument("--teachers", metavar="SIZE:TOKENS,...", help="teachers in place of the scale's")
     parser.add_argument("--seeds", metavar="N,N", help="seeds in place of the scale's, as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/ and the "
@@ -569,15 +571,21 @@ def main():
             raise UserError(f"{args.report} has no results.jsonl with results")
         return print(report(rows, args.report))
     scale = SCALES[args.scale]
+
+    def model(word):
+        size, tokens = word.split(":")
+        SIZES[size]
+        return size, count(tokens)
     try:
         if args.student:
-            size, tokens = args.student.split(":")
-            SIZES[size]
-            scale = replace(scale, student=(size, count(tokens)))
+            scale = replace(scale, student=model(args.student))
+        if args.teachers:
+            scale = replace(scale, teachers=tuple(map(model, args.teachers.split(","))))
         if args.seeds:
             scale = replace(scale, seeds=tuple(sorted({abs(int(n)) for n in args.seeds.split(",")})))
     except Exception:
-        parser.error("--student takes SIZE:TOKENS such as s:1.5M, --seeds numbers such as 1,2,3")
+        parser.error("--student takes SIZE:TOKENS such as s:1.5M, --teachers several with commas between, --seeds "
+                     "numbers such as 1,2,3")
     device = pick_device(args.device)[0]
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
     if args.dry_run:

@@ -918,6 +918,7 @@ BAD = [
     (model.main, "--to_hf absent.pt new", "no checkpoint"),
     (model.main, "--to_hf run/ckpt.pt new --data other", "does not have the tokenizer"),
     (sweep.main, "--student s1.5M --data data --out new", "SIZE:TOKENS"),
+    (sweep.main, "--teachers xs:1M,s --data data --out new", "SIZE:TOKENS"),
     (sweep.main, "--seeds 1,x --data data --out new", "numbers such as"),
     (sweep.main, "--data other --out new", "no out-of-distribution set"),
     (sweep.main, "--data data --out results --scale smoke", "another corpus"),
