@@ -584,8 +584,8 @@ def main():
         if args.seeds:
             scale = replace(scale, seeds=tuple(sorted({abs(int(n)) for n in args.seeds.split(",")})))
     except Exception:
-        parser.error("--student takes SIZE:TOKENS such as s:1.5M, --teachers several with commas between, --seeds "
-                     "numbers such as 1,2,3")
+        parser.error("--student takes SIZE:TOKENS such as s:1.5M, --teachers several with commas between, "
+                     "--seeds numbers such as 1,2,3")
     device = pick_device(args.device)[0]
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
     if args.dry_run:
