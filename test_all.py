@@ -855,6 +855,14 @@ def test_a_workers_exception_ends_the_sweep_with_its_message(corpus, tmp_path):
     assert not multiprocessing.active_children()
 
 
+def test_a_student_teachers_and_seeds_of_ones_own(monkeypatch, capsys):
+    words = "--scale smoke --student xs:32K --teachers xs:8K,s:64K --seeds 5 --dry_run".split()
+    code, out, err = call(sweep.main, words, monkeypatch, capsys)
+    assert {line.split()[0] for line in out.splitlines()[:-1]} == {
+        "teacher_xs@8K_seed_1000", "teacher_s@64K_seed_1000", "student_xs@16K_seed_5", "student_xs@32K_seed_5",
+        "student_xs@64K_seed_5", "student_xs@32K_from_xs@8K_seed_5", "student_xs@32K_from_s@64K_seed_5"}
+
+
 @pytest.mark.parametrize("scale", sweep.SCALES)
 def test_dry_run_prints_every_run_and_does_nothing(scale, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
