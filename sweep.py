@@ -511,7 +511,7 @@ def draw(study, path):
         middle.annotate(name(t), at, fontsize=8, textcoords="offset points", xytext=(4, -12 if i % 2 else 6))
     line(middle, study.teachers, [study.same_compute(t) for t in study.teachers],
          label="same compute, no teacher", marker="x", color="0.7", ls="none")
-    middle.margins(x=0.1)                                    # room for the names
+    middle.margins(x=0.15)                                   # room for the names
     for axis in (left, middle):
         axis.axhline(0, color="0.6", lw=0.8)
         axis.axvline(0, color="0.6", lw=0.8)
