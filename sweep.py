@@ -1,7 +1,7 @@
 """
 Teachers x alphas x seeds -> the three findings, with intervals, one table, one figure.
 
-    python sweep.py                                    # --scale laptop: the main job, 15 to 28 minutes
+    python sweep.py                                    # --scale laptop: the main job, 15 to 30 minutes
     python sweep.py --scale smoke                      # the same path in under a minute: too small to find
     python sweep.py --student xs:1.5M --seeds 1,2,3,4  # another student, more seeds
     python sweep.py --scale full --dry_run             # every run with its FLOPs, and nothing done
