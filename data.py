@@ -244,11 +244,11 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
     written = {name: write_ids(out_dir, name, ids, encoding) for name, ids in arrays.items()}
+    installed = {(d.metadata["Name"] or "").lower(): d.version for d in importlib.metadata.distributions()}
     meta = {"call": call, "tokenizer": sha(vocab + pattern), "pattern": pattern, "ids": encoding.n_vocab,
             "vocab_size": vocab_size, "dtype": dtype, "sets": written,
-            "python": sys.version.split()[0], "versions": {
-                d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()
-                if d.metadata["Name"].lower() in PROSE}}
+            "python": sys.version.split()[0],
+            "versions": {name: installed[name] for name in PROSE if name in installed}}
     meta["fingerprint"] = fingerprint(meta)
     Path(out_dir, "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(os.path.join(out_dir, "meta.json.tmp"), os.path.join(out_dir, "meta.json"))
