@@ -251,6 +251,7 @@ def test_prepare_keeps_every_document_and_its_counts(tmp_path, ends):
     assert sorted(train + val) == sorted(pieces) and "".join(pieces) == text
     assert 0 < len(val) < len(train) / 8
     assert all(piece in "other text " * 1000 for piece in documents_of(out, "ood_b"))
+    assert set(meta["versions"]) <= set(data.PROSE) and meta["versions"]["numpy"] == np.__version__
     for name, s in meta["sets"].items():
         docs = documents_of(out, name)
         assert s["documents"] == len(docs) and s["bytes"] == sum(len(d.encode()) for d in docs)
