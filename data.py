@@ -68,6 +68,17 @@ def read_tree(label, root, *endings):
                 yield f"{label}/{inside.as_posix()}", text
 
 
+def installed():
+    """-> {name: importlib.metadata.Distribution} of those of PROSE that are on this machine."""
+    found = {}
+    for name in PROSE:
+        try:
+            found[name] = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return found
+
+
 def python_corpus():
     """-> (in-domain documents, {name: out-of-distribution ones}) of what is installed."""
     from pydoc_data.topics import topics                     # the language reference, {topic: text}
@@ -79,12 +90,9 @@ def python_corpus():
     ood = {name: list(read_tree(name, package(name), ".py")) for name in ("sympy", "numpy", "networkx")}
     ood["cpp"] = list(read_tree("include", package("torch") / "include", ".h", ".hpp", ".cuh"))
     ood["prose"] = [(f"topics/{name}", text) for name, text in topics.items()]
-    for name in PROSE:
-        try:
-            description = importlib.metadata.distribution(name).read_text("METADATA")
-            ood["prose"] += [(f"description/{name}", description)] if description else []
-        except importlib.metadata.PackageNotFoundError:
-            pass
+    for name, distribution in installed().items():
+        description = distribution.read_text("METADATA")
+        ood["prose"] += [(f"description/{name}", description)] if description else []
     return in_domain, ood
 
 
@@ -244,11 +252,10 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
     written = {name: write_ids(out_dir, name, ids, encoding) for name, ids in arrays.items()}
-    installed = {(d.metadata["Name"] or "").lower(): d.version for d in importlib.metadata.distributions()}
     meta = {"call": call, "tokenizer": sha(vocab + pattern), "pattern": pattern, "ids": encoding.n_vocab,
             "vocab_size": vocab_size, "dtype": dtype, "sets": written,
             "python": sys.version.split()[0],
-            "versions": {name: installed[name] for name in PROSE if name in installed}}
+            "versions": {name: distribution.version for name, distribution in installed().items()}}
     meta["fingerprint"] = fingerprint(meta)
     Path(out_dir, "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(os.path.join(out_dir, "meta.json.tmp"), os.path.join(out_dir, "meta.json"))

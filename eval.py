@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from data import END_OF_TEXT, UserError, load_meta, load_tokenizer, load_tokens, make_parser, run
 from model import autocast, load_checkpoint, pick_device
@@ -143,8 +144,8 @@ def score_items(model, encoding, items):
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))         # so that little is padding
     for start in range(0, len(rows), 32):
         group = by_length[start:start + 32]
-        width = len(rows[group[-1]])                         # padding on the right is never looked at
-        loss, _ = token_scores(model, torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in group]))
+        # padding, on the right, is never looked at
+        loss, _ = token_scores(model, pad_sequence([torch.tensor(rows[i]) for i in group], batch_first=True))
         for i, row in zip(group, loss):
             first, last, characters = spans[i]
             likelihoods[i] = -row[first:last].sum() / characters

@@ -860,8 +860,9 @@ def test_a_student_teachers_and_seeds_of_ones_own(monkeypatch, capsys):
     words = "--scale smoke --student xs:32K --teachers xs:8K,s:64K --seeds 5 --dry_run".split()
     code, out, err = call(sweep.main, words, monkeypatch, capsys)
     assert {line.split()[0] for line in out.splitlines()[:-1]} == {
-        "teacher_xs@8K_seed_1000", "teacher_s@64K_seed_1000", "student_xs@16K_seed_5", "student_xs@32K_seed_5",
-        "student_xs@64K_seed_5", "student_xs@32K_from_xs@8K_seed_5", "student_xs@32K_from_s@64K_seed_5"}
+        "teacher_xs@8K_seed_1000", "teacher_s@64K_seed_1000", "student_xs@16K_seed_5",
+        "student_xs@32K_seed_5", "student_xs@64K_seed_5", "student_xs@32K_from_xs@8K_seed_5",
+        "student_xs@32K_from_s@64K_seed_5"}
 
 
 @pytest.mark.parametrize("scale", sweep.SCALES)
