@@ -79,7 +79,7 @@ def installed():
     return found
 
 
-def python_corpus():
+def python_documents():
     """-> (in-domain documents, {name: out-of-distribution ones}) of what is installed."""
     from pydoc_data.topics import topics                     # the language reference, {topic: text}
 
@@ -121,6 +121,7 @@ def fineweb_shard(name, out_dir):
     """
     url, path = FINEWEB.format(name), os.path.join(out_dir, f"{name}.shard")
     if not os.path.exists(path):
+        os.makedirs(out_dir, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, path)
         except OSError as e:
@@ -136,6 +137,7 @@ def split_documents(in_domain, ood):
     """
     -> {"train": documents, "val": ..., "ood_NAME": ...}. val by a hash of the name, so that a file added
     elsewhere moves nothing; in the order of that hash, so that any prefix is a fair sample; no text twice.
+    Raises UserError where a set is empty.
     """
     sets, seen = {"train": [], "val": []}, set()
 
@@ -153,6 +155,9 @@ def split_documents(in_domain, ood):
                 break
             sets[f"ood_{key}"].append((name, text))
             size += len(text)
+    for name, documents in sets.items():
+        if not documents:
+            raise UserError(f"the set {name} is empty: it needs more text, 100 kB or so")
     return sets
 
 
@@ -200,60 +205,68 @@ def train_bpe(text, vocab_size, pattern=PATTERN):
 
 def make_encoding(ranks, pattern):
     """tiktoken.Encoding of {bytes: rank}, with end-of-text as the id after the last rank."""
-    return tiktoken.Encoding("nanodistill", pat_str=pattern, mergeable_ranks=ranks,
+    return tiktoken.Encoding("nanoteacher", pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 
 # ------------------------------------------------------------------------------
 # tokens on disk
 
+def python_corpus(ood, vocab_size, **_):
+    """The Python on this machine. -> encoding, vocabulary size of a model, {set: arrays of ids}."""
+    in_domain, python_ood = python_documents()
+    return learn_and_encode(split_documents(in_domain, python_ood | ood), vocab_size)
+
+
+def text_corpus(ood, vocab_size, train, **_):
+    """Files of one's own. -> as python_corpus."""
+    in_domain = [piece for path in train for piece in pieces(path)]
+    return learn_and_encode(split_documents(in_domain, ood), vocab_size)
+
+
+def fineweb_corpus(ood, tokens, out_dir, **_):
+    """FineWeb-Edu in GPT-2's tokens; out of distribution is what it is not: code. -> as python_corpus."""
+    in_domain, python_ood = python_documents()
+    sets = split_documents(in_domain, python_ood | ood)
+    del sets["train"]
+    sets["ood_code"] = sets.pop("val")
+    gpt2 = tiktoken.get_encoding("gpt2")
+    encoding = make_encoding(gpt2._mergeable_ranks, gpt2._pat_str)
+    arrays = {name: encode(documents, encoding) for name, documents in sets.items()}
+    names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
+    arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
+    arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
+    return encoding, 50_304, arrays                          # a multiple of 64, for the GPU
+
+
+CORPORA = {"python": python_corpus, "text": text_corpus, "fineweb-edu": fineweb_corpus}
+
+
 def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None):
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
     "fineweb-edu", with so many training tokens. vocab_size counts the bytes, the merges and end-of-text. A
-    finished out_dir of the same call is left as it is; one of another is an error. Raises UserError, OSError.
+    finished out_dir of the same arguments is left as it is; another is an error. Raises UserError, OSError.
     """
     ood = dict(ood or {})
-    call = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
-            "files": [f"{path} {sha(Path(path).read_bytes())}" for path in (*train, *ood.values())]}
+    arguments = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
+                 "files": [f"{path} {sha(Path(path).read_bytes())}" for path in (*train, *ood.values())]}
     if os.path.exists(os.path.join(out_dir, "meta.json")):
         meta = load_meta(out_dir)
-        if meta["call"] != call:
+        if meta["call"] != arguments:
             raise UserError(f"{out_dir} holds another corpus: choose another --out, or delete it")
         return meta
-
-    if corpus == "text":
-        in_domain, out_of_domain = [piece for path in train for piece in pieces(path)], {}
-    else:
-        in_domain, out_of_domain = python_corpus()
-    out_of_domain |= {name: pieces(path) for name, path in ood.items()}
-    if corpus == "fineweb-edu":                              # what it is not: code
-        out_of_domain["code"], in_domain = in_domain, []
-    sets = split_documents(in_domain, out_of_domain)
-    if corpus == "fineweb-edu":                              # its own two sets come as tokens
-        del sets["train"], sets["val"]
-    for name, documents in sets.items():
-        if not documents:
-            raise UserError(f"the set {name} came out empty: it needs more text, 100 kB or so")
-    if corpus == "fineweb-edu":
-        gpt2 = tiktoken.get_encoding("gpt2")
-        ranks, pattern, vocab_size = gpt2._mergeable_ranks, gpt2._pat_str, 50_304         # a multiple of 64
-    else:
-        ranks = train_bpe("\n".join(text for _, text in sets["train"])[:BPE_CHARS], vocab_size - 1)
-        pattern, vocab_size = PATTERN, len(ranks) + 1
-    encoding, dtype = make_encoding(ranks, pattern), "uint16" if vocab_size <= 2**16 else "uint32"
-
+    ood = {name: list(pieces(path)) for name, path in ood.items()}
+    encoding, vocab_size, arrays = CORPORA[corpus](
+        ood=ood, vocab_size=vocab_size, train=train, tokens=tokens, out_dir=out_dir)
     os.makedirs(out_dir, exist_ok=True)
-    arrays = {name: encode(documents, encoding, dtype) for name, documents in sets.items()}
-    if corpus == "fineweb-edu":
-        names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
-        arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
-        arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
-    vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items())
+    vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
+                    for token, rank in encoding._mergeable_ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
-    written = {name: write_ids(out_dir, name, ids, encoding) for name, ids in arrays.items()}
-    meta = {"call": call, "tokenizer": sha(vocab + pattern), "pattern": pattern, "ids": encoding.n_vocab,
-            "vocab_size": vocab_size, "dtype": dtype, "sets": written,
+    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    meta = {"call": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
+            "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
+            "sets": {name: write_ids(out_dir, name, ids, encoding, dtype) for name, ids in arrays.items()},
             "python": sys.version.split()[0],
             "versions": {name: distribution.version for name, distribution in installed().items()}}
     meta["fingerprint"] = fingerprint(meta)
@@ -262,19 +275,29 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     return meta
 
 
-def encode(documents, encoding, dtype):
+def learn_and_encode(sets, vocab_size):
+    """Sets of documents -> an encoding learned from "train", its size, {set: arrays of ids}."""
+    text = "\n".join(text for _, text in sets["train"])[:BPE_CHARS]
+    encoding = make_encoding(train_bpe(text, vocab_size - 1), PATTERN)
+    return encoding, encoding.n_vocab, {name: encode(documents, encoding) for name, documents in sets.items()}
+
+
+def encode(documents, encoding):
     """Documents (name, text) -> one by one the array of their ids, closed by end-of-text."""
     for i in tqdm(range(0, len(documents), 64), desc="encoding", disable=None, leave=False):
         for ids in encoding.encode_ordinary_batch([text for _, text in documents[i:i + 64]]):
-            yield np.array([*ids, encoding.eot_token], dtype)
+            yield np.array([*ids, encoding.eot_token])
 
 
-def write_ids(out_dir, name, arrays, encoding):
-    """Write pieces of ids one after the other as NAME.bin -> what meta.json tells of it."""
+def write_ids(out_dir, name, arrays, encoding, dtype):
+    """Write arrays of ids one after the other as NAME.bin -> what meta.json says of it. Raises UserError."""
     bytes_of = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)] + [0]
     counts, digest = np.zeros(encoding.n_vocab, dtype=np.int64), hashlib.sha256()
     with open(os.path.join(out_dir, f"{name}.bin"), "wb") as f:
         for ids in arrays:
+            if ids.max() >= encoding.n_vocab:                # looked at here once, not at every opening
+                raise UserError(f"{name} has ids above the vocabulary of {encoding.n_vocab}")
+            ids = ids.astype(dtype)
             ids.tofile(f)
             digest.update(ids)
             counts += np.bincount(ids, minlength=encoding.n_vocab)
@@ -291,7 +314,9 @@ def load_meta(data_dir):
     """meta.json of a corpus folder: sizes, fingerprints, and what it was made from. Raises UserError."""
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
-        raise UserError(f"{data_dir} is no corpus folder; python data.py --out {data_dir} makes one")
+        corpus = os.path.basename(data_dir) if os.path.basename(data_dir) in CORPORA else "..."
+        raise UserError(f"{data_dir} is not a corpus folder: make it with python data.py --corpus {corpus} "
+                        f"--out {data_dir}")
     try:
         meta = json.loads(Path(path).read_text(encoding="utf-8"))
         if meta["fingerprint"] != fingerprint(meta):
@@ -311,12 +336,12 @@ def load_tokenizer(data_dir):
 
 
 def load_tokens(path):
-    """The ids of a set, DATA_DIR/NAME.bin, as a memory map. Raises UserError if they do not fit meta.json."""
+    """The ids of a set, DATA_DIR/NAME.bin, as a memory map. Raises UserError if they are not meta.json's."""
     meta, name = load_meta(os.path.dirname(path)), os.path.basename(path).removesuffix(".bin")
     size = meta["sets"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize
     if os.path.exists(path) and os.path.getsize(path) == size:
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-        if tokens.max() < meta["ids"]:
+        if name == "train" or tokens.max() < meta["ids"]:    # train.bin is too large to look through each time
             return tokens
     raise UserError(f"{path} is missing or damaged: delete its folder and make it again with data.py")
 
@@ -324,7 +349,7 @@ def load_tokens(path):
 class Batches:
     """
     Batches(path, batch_size, block_size, seed)[step] -> x, y, int64 of shape (batch_size, block_size); y is x
-    moved on by one token. A pure function of (seed, step), so resuming is indexing. The set is cut into
+    shifted by one token. A pure function of (seed, step), so resuming is indexing. The set is cut into
     windows of block_size, each of which comes once an epoch, in an order drawn from (seed, epoch).
     """
     def __init__(self, path, batch_size, block_size, seed):
@@ -357,16 +382,16 @@ class UserError(Exception):
     """Something that the user can mend, in one line; a file that can't be read or written is an OSError."""
 
 
-def count(text):
-    """'3M' -> 3 * 2**20: counts in powers of two divide into batches. Raises ArgumentTypeError."""
-    unit = {"K": 2**10, "M": 2**20, "B": 2**30}.get(text[-1:].upper())
+UNITS = {"K": 2**10, "M": 2**20, "B": 2**30}
+
+
+def whole_number(text):
+    """'3M' -> 3 * 2**20. Raises UserError."""
+    unit = UNITS.get(text[-1:].upper())
     try:
-        number = int(float(text[:-1]) * unit) if unit else int(text)
+        return round(float(text[:-1]) * unit) if unit else int(text)
     except (ValueError, OverflowError):
-        number = 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens such as 3145728 or 3M")
-    return number
+        raise UserError(f"{text!r} is not a whole number such as 3000000 or 3M") from None
 
 
 def make_parser(doc):
@@ -375,7 +400,7 @@ def make_parser(doc):
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def run(main):
+def run_main(main):
     """Run a script: what the user can mend is one line and exit code 2; Ctrl-C is 130."""
     try:
         main()
@@ -386,7 +411,7 @@ def run(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is saved", file=sys.stderr)
+        print("\nstopped; the same command resumes from what is saved", file=sys.stderr)
         sys.exit(130)
 
 
@@ -397,8 +422,8 @@ def main():
                         help="what to tokenize (default: python)")
     parser.add_argument("--vocab_size", type=int, default=512, metavar="N", help="tokens in the vocabulary: "
                         "256 bytes, merges, end-of-text; fineweb-edu has GPT-2's (default: 512)")
-    parser.add_argument("--tokens", type=count, metavar="N", help="fineweb-edu: training tokens, in whole "
-                        "shards of 100 million; K, M, B are 2^10, 2^20, 2^30 (default: one shard)")
+    parser.add_argument("--tokens", type=whole_number, metavar="N", help="fineweb-edu: training tokens, in "
+                        "whole shards of 100 million; K, M, B are 2^10, 2^20, 2^30 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")
@@ -422,4 +447,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_main(main)

@@ -198,7 +198,7 @@ def pick_device(name="auto", dtype="auto"):
             torch.cuda.set_device(name)
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
-        raise OSError(f"--device {name} is not to be had here: use cpu, or auto") from None
+        raise OSError(f"--device {name} is not available: use cpu or auto") from None
     if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     known = dtype != "auto" and torch.amp.is_autocast_available(device.type)
@@ -213,18 +213,18 @@ def autocast(device, dtype):
 # ------------------------------------------------------------------------------
 # checkpoints
 
-def save_whole(path, obj):
-    """torch.save aside, then rename: a kill at any moment leaves the old file or the new. Raises OSError."""
+def save_file(path, obj):
+    """torch.save to a temporary file, then rename: path is never half-written. Raises OSError."""
     try:
         torch.save(obj, f"{path}.tmp")
         os.replace(f"{path}.tmp", path)
-    except RuntimeError as e:                                # torch's own word for a full disk
+    except RuntimeError as e:                                # what torch raises on a full disk
         raise OSError(f"cannot write {path}, is the disk full? ({e})") from e
 
 
-def load_whole(path):
+def load_file(path):
     """
-    What save_whole wrote, on the CPU. Only tensors and plain values are unpickled. Raises OSError where it is
+    What save_file wrote, on the CPU. Only tensors and plain values are unpickled. Raises OSError where it is
     missing or damaged.
     """
     if not os.path.isfile(path):
@@ -235,20 +235,20 @@ def load_whole(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except (MemoryError, PermissionError):
         raise
-    except Exception:                                        # these raise many kinds, of one meaning
-        raise OSError(f"{path} is damaged, or no file of distill.py: delete it and train again") from None
+    except Exception:                                        # of many kinds, all for the same reason
+        raise OSError(f"{path} is damaged, or not a file of distill.py: delete it and train again") from None
 
 
 def save_checkpoint(path, model, **extra):
     """Write model and extra (plain numbers, strings, lists, dicts, tensors) to path: all of it or nothing."""
-    save_whole(path, {"config": asdict(model.config), "model": model.state_dict(), **extra})
+    save_file(path, {"config": asdict(model.config), "model": model.state_dict(), **extra})
 
 
 def load_checkpoint(path, device="cpu"):
     """-> (model in eval mode, the extra values saved with it). Raises OSError."""
-    saved = load_whole(path)
+    saved = load_file(path)
     if "config" not in saved:
-        raise OSError(f"{path} is no checkpoint of distill.py, but perhaps the state of an unfinished run")
+        raise OSError(f"{path} is not a checkpoint, but perhaps the state of an unfinished run")
     model = GPT(GPTConfig(**saved.pop("config")))
     model.load_state_dict(saved.pop("model"))
     return model.to(device).eval(), saved
@@ -260,9 +260,9 @@ def to_hf(path, folder, data_dir):
     AutoModelForCausalLM and AutoTokenizer load. Raises UserError or OSError.
     """
     from data import END_OF_TEXT, UserError, load_meta, load_tokenizer
-    model, about = load_checkpoint(path)
+    model, extra = load_checkpoint(path)
     meta, encoding, c = load_meta(data_dir), load_tokenizer(data_dir), model.config
-    if about.get("tokenizer") != meta["tokenizer"]:
+    if extra["settings"]["tokenizer"] != meta["tokenizer"]:
         raise UserError(f"{data_dir} does not have the tokenizer of {path}: give its corpus with --data")
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -298,5 +298,5 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import run
-    run(main)
+    from data import run_main
+    run_main(main)
