@@ -382,11 +382,11 @@ class UserError(Exception):
     """Something that the user can mend, in one line; a file that can't be read or written is an OSError."""
 
 
-UNITS = {"K": 2**10, "M": 2**20, "B": 2**30}
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def whole_number(text):
-    """'3M' -> 3 * 2**20. Raises UserError."""
+    """'1.5M' -> 1500000. Raises UserError."""
     unit = UNITS.get(text[-1:].upper())
     try:
         return round(float(text[:-1]) * unit) if unit else int(text)
@@ -423,7 +423,7 @@ def main():
     parser.add_argument("--vocab_size", type=int, default=512, metavar="N", help="tokens in the vocabulary: "
                         "256 bytes, merges, end-of-text; fineweb-edu has GPT-2's (default: 512)")
     parser.add_argument("--tokens", type=whole_number, metavar="N", help="fineweb-edu: training tokens, in "
-                        "whole shards of 100 million; K, M, B are 2^10, 2^20, 2^30 (default: one shard)")
+                        "whole shards of 100 million; K, M, B are 10^3, 10^6, 10^9 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")

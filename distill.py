@@ -42,7 +42,7 @@ class Config:
     data: str = "data/python"     # corpus folder made by data.py
     out: str = "out/run"          # folder for checkpoints and the log
     size: str = "s"               # shape of the model, a name in model.SIZES
-    tokens: int = 3 * 2**19       # training tokens; K, M and B are 2^10, 2^20 and 2^30
+    tokens: int = 1_500_000       # training tokens, in whole steps; K, M and B are 10^3, 10^6 and 10^9
     seed: int = 1                 # of the initial weights and of the order of the data
     teacher: str = ""             # checkpoint of the teacher; none: plain pretraining
     alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once

@@ -252,7 +252,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 
 
 
 def parse_model(model):
-    """'s@1.5M' -> ('s', 1572864). Raises UserError."""
+    """'s@1.5M' -> ('s', 1500000). Raises UserError."""
     size, _, tokens = model.partition("@")
     if size not in SIZES or not tokens:
         raise UserError(f"{model!r} is not a model such as s@1.5M; sizes are {' '.join(SIZES)}")
@@ -260,7 +260,7 @@ def parse_model(model):
 
 
 def model_name(size, tokens):
-    """('s', 1572864) -> 's@1.5M'; other tokens, another name."""
+    """('s', 1500000) -> 's@1.5M'; other tokens, another name."""
     unit = next((u for u in ("B", "M", "K") if tokens >= UNITS[u]), "")
     return f"{size}@{tokens / UNITS.get(unit, 1):.15g}{unit}"
 
