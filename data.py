@@ -3,12 +3,13 @@ Text -> a byte-pair vocabulary -> tokens on disk -> batches.
 
     python data.py                                                        # --corpus python: downloads nothing
     python data.py --corpus text --train mine/*.txt --ood news=news.txt --out data/mine
-    python data.py --corpus fineweb-edu --tokens 1B                    # the paper's corpus: downloads 2.4 GB
+    python data.py --corpus fineweb-edu --tokens 1B                    # the paper's corpus: downloads 2.2 GB
 
 The `python` corpus is the Python that is on your machine. In domain: the sources of the standard library and
 of torch. Out of distribution, for evaluation only: sympy, numpy and networkx (same language, other authors),
-the C++ headers that come with torch, and English prose (Python's language reference, package descriptions).
-`text` does the same for your own files; fineweb-edu comes with GPT-2's vocabulary.
+the C++ headers that come with torch, and English prose (Python's language reference). It depends only
+on the versions of Python, torch, numpy, sympy and networkx, which meta.json names. `text` does the same for
+your own files; fineweb-edu comes with GPT-2's vocabulary.
 
 Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16 or uint32, each document closed by
 <|endoftext|>), vocab.tiktoken, and meta.json, written last: a folder without it is unfinished and made anew.
@@ -23,6 +24,7 @@ import importlib.util
 import json
 import math
 import os
+import platform
 import sys
 import sysconfig
 from collections import Counter, defaultdict
@@ -40,8 +42,7 @@ PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VAL_PERCENT = 5                     # of the documents, chosen by a hash of their name
 OOD_CHARS = 2_000_000               # an out-of-distribution set is cut to so much text, and
 BPE_CHARS = 4_000_000               # the vocabulary is learned from so much of the training text
-PROSE = ("torch", "numpy", "tiktoken", "tqdm", "sympy", "networkx", "mpmath", "jinja2", "markupsafe",
-         "filelock", "fsspec", "regex", "requests", "urllib3", "idna", "certifi", "charset-normalizer")
+BUILD_FILES = ("_sysconfigdata", "version.py", "__config__.py")             # these differ with every build
 FINEWEB = ("https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
            "edu_fineweb_{}.bin")
 
@@ -59,24 +60,13 @@ def read_tree(label, root, *endings):
     skip = {"site-packages", "dist-packages", "pydoc_data"}  # the last is the set "prose"
     for path in Path(root).rglob("*"):
         inside = path.relative_to(root)
-        if path.suffix in endings and not skip & set(inside.parts):
+        if path.suffix in endings and not skip & set(inside.parts) and not path.name.startswith(BUILD_FILES):
             try:
                 text = path.read_text(encoding="utf-8")
             except (UnicodeDecodeError, OSError):
                 continue                                     # some test files are broken on purpose
             if text.strip():
                 yield f"{label}/{inside.as_posix()}", text
-
-
-def installed():
-    """-> {name: importlib.metadata.Distribution} of those of PROSE that are on this machine."""
-    found = {}
-    for name in PROSE:
-        try:
-            found[name] = importlib.metadata.distribution(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return found
 
 
 def python_documents():
@@ -90,9 +80,6 @@ def python_documents():
     ood = {name: list(read_tree(name, package(name), ".py")) for name in ("sympy", "numpy", "networkx")}
     ood["cpp"] = list(read_tree("include", package("torch") / "include", ".h", ".hpp", ".cuh"))
     ood["prose"] = [(f"topics/{name}", text) for name, text in topics.items()]
-    for name, distribution in installed().items():
-        description = distribution.read_text("METADATA")
-        ood["prose"] += [(f"description/{name}", description)] if description else []
     return in_domain, ood
 
 
@@ -253,7 +240,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
                  "files": [f"{path} {sha(Path(path).read_bytes())}" for path in (*train, *ood.values())]}
     if os.path.exists(os.path.join(out_dir, "meta.json")):
         meta = load_meta(out_dir)
-        if meta["call"] != arguments:
+        if meta["arguments"] != arguments:
             raise UserError(f"{out_dir} holds another corpus: choose another --out, or delete it")
         return meta
     ood = {name: list(pieces(path)) for name, path in ood.items()}
@@ -264,11 +251,11 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
                     for token, rank in encoding._mergeable_ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
-    meta = {"call": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
+    meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
             "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
             "sets": {name: write_ids(out_dir, name, ids, encoding, dtype) for name, ids in arrays.items()},
-            "python": sys.version.split()[0],
-            "versions": {name: distribution.version for name, distribution in installed().items()}}
+            "versions": {"python": platform.python_version(), **{
+                name: importlib.metadata.version(name) for name in ("torch", "numpy", "sympy", "networkx")}}}
     meta["fingerprint"] = fingerprint(meta)
     Path(out_dir, "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(os.path.join(out_dir, "meta.json.tmp"), os.path.join(out_dir, "meta.json"))

@@ -225,7 +225,7 @@ def main():
     start, out, data = time.time(), args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
-    corpus, sets = load_meta(data)["call"]["corpus"], evaluation_sets(data)
+    corpus, sets = load_meta(data)["arguments"]["corpus"], evaluation_sets(data)
     if corpus not in (scale.corpus, "text"):                 # text: one's own files
         raise UserError(f"{data} holds the corpus {corpus}, but this scale needs {scale.corpus}")
     if len(sets) < 2:

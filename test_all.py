@@ -251,7 +251,8 @@ def test_prepare_keeps_every_document_and_its_counts(tmp_path, ends):
     assert sorted(train + val) == sorted(pieces) and "".join(pieces) == text
     assert 0 < len(val) < len(train) / 8
     assert all(piece in "other text " * 1000 for piece in documents_of(out, "ood_b"))
-    assert set(meta["versions"]) <= set(data.PROSE) and meta["versions"]["numpy"] == np.__version__
+    assert meta["versions"]["numpy"] == np.__version__ and set(meta["versions"]) == {
+        "python", "torch", "numpy", "sympy", "networkx"}
     for name, s in meta["sets"].items():
         docs = documents_of(out, name)
         assert s["documents"] == len(docs) and s["bytes"] == sum(len(d.encode()) for d in docs)
@@ -304,6 +305,8 @@ def test_shards_from_a_server_become_a_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: gpt2)
     in_domain, ood = data.python_documents()
     assert {name.split("/")[0] for name, _ in in_domain} == {"stdlib", "torch"}
+    assert not any("_sysconfigdata" in name or "site-packages" in name for name, _ in in_domain)
+    assert not any(name.endswith(("/version.py", "/__config__.py")) for name, _ in in_domain + ood["numpy"])
     assert all(sum(len(t) for _, t in docs) > 500_000 for docs in ood.values())
     few = in_domain[:99], {name: documents[:9] for name, documents in ood.items()}
     monkeypatch.setattr(data, "python_documents", lambda: few)
@@ -942,7 +945,7 @@ def made(corpus, tmp_path_factory):
     (folder / "results" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made_up(PAPER)))
     shutil.copytree(corpus, folder / "as_python")
     meta = json.loads((folder / "as_python" / "meta.json").read_text())
-    meta["call"]["corpus"] = "python"
+    meta["arguments"]["corpus"] = "python"
     (folder / "as_python" / "meta.json").write_text(json.dumps(meta))
     (folder / "bytes.txt").write_bytes(b"\xff\xfe" * 1000)
     (folder / "short.txt").write_text("short")
