@@ -120,13 +120,15 @@ def fineweb_shard(name, out_dir):
     return np.memmap(path, "<u2", "r", offset=1024)
 
 
-def split_documents(in_domain, ood):
+def split_documents(in_domain, ood, more_ood):
     """
-    -> {"train": documents, "val": ..., "ood_NAME": ...}. val by a hash of the name, so that a file added
-    elsewhere moves nothing; in the order of that hash, so that any prefix is a fair sample; no text twice.
-    Raises UserError where a set is empty.
+    -> {"train": documents, "val": ..., "ood_NAME": ...}; more_ood: sets of the user's own. val by a hash of
+    the name, so that a file added elsewhere moves nothing; in the order of that hash, so that any prefix is a
+    fair sample; no text twice. Raises UserError where a set is empty, or a name is taken.
     """
     sets, seen = {"train": [], "val": []}, set()
+    if ood.keys() & more_ood.keys():
+        raise UserError(f"--ood: this corpus has sets named {', '.join(ood)} already: choose another name")
 
     def unseen(documents):
         for name, text in sorted(documents, key=lambda document: sha(document[0])):
@@ -135,7 +137,7 @@ def split_documents(in_domain, ood):
                 yield name, text
     for name, text in unseen(in_domain):
         sets["val" if int(sha(name), 16) % 100 < VAL_PERCENT else "train"].append((name, text))
-    for key, documents in ood.items():
+    for key, documents in {**ood, **more_ood}.items():
         sets[f"ood_{key}"], size = [], 0
         for name, text in unseen(documents):
             if size >= OOD_CHARS:
@@ -202,19 +204,19 @@ def make_encoding(ranks, pattern):
 def python_corpus(ood, vocab_size, **_):
     """The Python on this machine. -> encoding, vocabulary size of a model, {set: arrays of ids}."""
     in_domain, python_ood = python_documents()
-    return learn_and_encode(split_documents(in_domain, python_ood | ood), vocab_size)
+    return learn_and_encode(split_documents(in_domain, python_ood, ood), vocab_size)
 
 
 def text_corpus(ood, vocab_size, train, **_):
     """Files of one's own. -> as python_corpus."""
     in_domain = [piece for path in train for piece in pieces(path)]
-    return learn_and_encode(split_documents(in_domain, ood), vocab_size)
+    return learn_and_encode(split_documents(in_domain, {}, ood), vocab_size)
 
 
 def fineweb_corpus(ood, tokens, out_dir, **_):
     """FineWeb-Edu in GPT-2's tokens; out of distribution is what it is not: code. -> as python_corpus."""
     in_domain, python_ood = python_documents()
-    sets = split_documents(in_domain, python_ood | ood)
+    sets = split_documents(in_domain, python_ood, ood)
     del sets["train"]
     sets["ood_code"] = sets.pop("val")
     gpt2 = tiktoken.get_encoding("gpt2")
@@ -237,7 +239,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     """
     ood = dict(ood or {})
     arguments = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
-                 "files": [f"{path} {sha(Path(path).read_bytes())}" for path in (*train, *ood.values())]}
+                 "files": [sha(Path(path).read_bytes()) for path in (*train, *ood.values())]}
     if os.path.exists(os.path.join(out_dir, "meta.json")):
         meta = load_meta(out_dir)
         if meta["arguments"] != arguments:
@@ -328,7 +330,7 @@ def load_tokens(path):
     size = meta["sets"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize
     if os.path.exists(path) and os.path.getsize(path) == size:
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-        if name == "train" or tokens.max() < meta["ids"]:    # train.bin is too large to look through each time
+        if name == "train" or tokens.max() < meta["ids"]:    # train.bin may have billions
             return tokens
     raise UserError(f"{path} is missing or damaged: delete its folder and make it again with data.py")
 
@@ -389,6 +391,8 @@ def make_parser(doc):
 
 def run_main(main):
     """Run a script: what the user can mend is one line and exit code 2; Ctrl-C is 130."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")                 # not every terminal can print ±
     try:
         main()
         sys.stdout.flush()
@@ -418,14 +422,16 @@ def main():
                         help="out-of-distribution sets of your own, a UTF-8 file each")
     args = parser.parse_args()
     ood = dict(word.partition("=")[::2] for word in args.ood)
-    if not all(name.isidentifier() and path for name, path in ood.items()):
-        parser.error(f"--ood takes NAME=FILE, not {' '.join(args.ood)}")
+    if len(ood) < len(args.ood) or not all(name.isidentifier() and path for name, path in ood.items()):
+        parser.error(f"--ood takes NAME=FILE, each name once, not {' '.join(args.ood)}")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--corpus text needs --train FILES, and only it does")
     if args.vocab_size < 257:
         parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {args.vocab_size}")
     out = args.out or f"data/{args.corpus}"
-    train = [path for word in args.train for path in glob.glob(word) or [word]]   # not every shell does it
+    train = []
+    for word in args.train:                                  # not every shell expands *.txt
+        train += [word] if os.path.exists(word) else sorted(glob.glob(word)) or [word]
     meta = prepare(args.corpus, out, args.vocab_size, train, ood, args.tokens)
     print(f"{out}: vocabulary {meta['vocab_size']}, {meta['dtype']}, fingerprint {meta['fingerprint']}")
     for name, s in meta["sets"].items():

@@ -11,8 +11,8 @@ For a token with label y, student logits z, teacher logits t and temperature T (
     loss = (1 - alpha) * CE(z, y)  +  alpha * T^2 * KL( softmax(t/T) || softmax(z/T) )
 
 Several alphas train that many students side by side, on the same batches, with one teacher forward for all.
-Interrupted, the same command resumes from the last saved state. Reads the corpus folder of data.py. Writes
-below --out: ckpt.pt (with several alphas alpha_A/ckpt.pt), log.jsonl, and state.pt while it is unfinished.
+If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
+ckpt.pt (with several alphas alpha_A/ckpt.pt), log.jsonl, and state.pt while the run is unfinished.
 
 "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857; Hinton et al., 1503.02531.
 """
@@ -42,7 +42,7 @@ class Config:
     data: str = "data/python"     # corpus folder made by data.py
     out: str = "out/run"          # folder for checkpoints and the log
     size: str = "s"               # shape of the model, a name in model.SIZES
-    tokens: int = 1_500_000       # training tokens, in whole steps; K, M and B are 10^3, 10^6 and 10^9
+    tokens: int = 1_500_000       # training tokens, rounded down to whole steps; 1.5M is 1,500,000
     seed: int = 1                 # of the initial weights and of the order of the data
     teacher: str = ""             # checkpoint of the teacher; none: plain pretraining
     alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once
@@ -55,12 +55,12 @@ class Config:
     min_lr: float = 0.1           # final learning rate, as a fraction of the peak
     warmup: float = 0.4           # fraction of the steps in which the rate rises; a cosine follows
     weight_decay: float = 0.1     # of matrices only
-    beta1: float = 0.9            # AdamW's decay of the mean gradient
-    beta2: float = 0.95           # AdamW's decay of the mean squared gradient
-    grad_clip: float = 1.0        # largest norm of the gradient
+    beta1: float = 0.9            # AdamW's first-moment decay
+    beta2: float = 0.95           # AdamW's second-moment decay
+    grad_clip: float = 1.0        # clip the gradient's norm to this; 0: off
     device: str = "auto"          # cpu, cuda, cuda:1, mps ...; auto: cuda where there is one, else cpu
-    dtype: str = "auto"           # float32, bfloat16, float16 products; auto: float32, on CUDA bfloat16
-    fused: bool = True            # the fused loss; false: the plain one, the place for changes
+    dtype: str = "auto"           # of autocast: float32, bfloat16, float16; auto: float32, on CUDA bfloat16
+    fused: bool = True            # the fused loss; false: distill_loss_reference, the one to edit
     compile: bool = True          # torch.compile; false: eager mode, which needs no C++ compiler
     log_every: int = 50           # steps between lines of log.jsonl
     save_every: float = 120.0     # seconds between saved states, from which an interrupted run resumes
@@ -113,7 +113,7 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, 
 # the training loop
 
 def learning_rate(config, step):
-    """Linear warm-up to the peak, then a cosine down to min_lr of it."""
+    """Linear warm-up to the peak, then a cosine down to min_lr times the peak."""
     peak = config.lr or 0.384 / SIZES[config.size]["n_embd"]
     warmup = max(1, int(config.warmup * config.steps))
     if step < warmup:
@@ -141,7 +141,7 @@ def train(config, show_progress=True):
     """
     Train one student for each alpha of config -> paths of the checkpoints, one for each alpha.
 
-    Repeats bit for bit on one CPU and thread count, killed in between or not. Raises UserError or OSError.
+    Deterministic for a given CPU and thread count, interrupted or not. Raises UserError or OSError.
     """
     check(config)
     device, dtype = pick_device(config.device, config.dtype)
@@ -152,8 +152,9 @@ def train(config, show_progress=True):
     settings = settings_of_run(config, dtype, meta, teacher_settings)
     paths = [checkpoint_path(config, alpha) for alpha in config.alpha]
     check_folder(config.out, settings)
-    if all(map(os.path.exists, paths)):                      # finished, perhaps killed on its last line
-        Path(config.out, "state.pt").unlink(missing_ok=True)
+    if all(map(os.path.exists, paths)):                      # finished, perhaps killed at the very end
+        if rank == 0:
+            Path(config.out, "state.pt").unlink(missing_ok=True)
         return paths
     if config.batch_size % world:
         raise UserError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks")
@@ -165,17 +166,21 @@ def train(config, show_progress=True):
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step, log = resume(config, students, paths)
-    fast = compiler(device) if config.compile else lambda function: function
-    student_forwards = [fast(student.model.hidden) for student in students]
-    loss_fn = functools.partial(distill_loss, chunk_fn=fast(chunk_loss))
+    if world > 1:
+        first_steps = [None] * world
+        dist.all_gather_object(first_steps, first_step)
+        if len(set(first_steps)) > 1:
+            raise UserError(f"ranks resume at different steps, {first_steps}: --out must be on a shared disk")
+    maybe_compile = compiler(device) if config.compile else lambda function: function
+    student_forwards = [maybe_compile(student.model.hidden) for student in students]
+    loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
     if not config.fused:
         loss_fn = distill_loss_reference
-    if teacher and shape.vocab_size <= SHARED_VOCAB:         # small logits are computed once for all students
-        teacher_forward, teacher_head = fast(teacher.forward), None
-    elif teacher:
-        teacher_forward, teacher_head = fast(teacher.hidden), teacher.lm_head.weight
     flops_a_token = len(students) * flops_per_token(shape, backward=True)
     if teacher:
+        small = shape.vocab_size <= SHARED_VOCAB             # small logits are computed once for all students
+        teacher_forward = maybe_compile(teacher.forward if small else teacher.hidden)
+        teacher_head = None if small else teacher.lm_head.weight
         flops_a_token += flops_per_token(teacher.config)
     bar = tqdm(total=config.steps, initial=first_step, desc=f"{config.size} x {len(students)}", unit="step",
                disable=None if show_progress and rank == 0 else True)
@@ -185,7 +190,7 @@ def train(config, show_progress=True):
 
     for step in range(first_step, config.steps):
         losses = torch.zeros(len(students), 2, device=device)                # ce and kl, means over the step
-        share = 1 / config.accumulate / world                # of a batch and rank in a step
+        micro_weight = 1 / config.accumulate / world         # so that sums over batches and ranks are means
         for micro in range(config.accumulate):
             x, y = (part[rank::world] for part in batches[step * config.accumulate + micro])   # (B, T) each
             if device.type == "cuda":                        # from pinned memory the copy does not wait
@@ -195,22 +200,22 @@ def train(config, show_progress=True):
                 with torch.no_grad(), autocast(device, dtype):
                     teacher_hidden = teacher_forward(x)      # (B, T, C'), or logits (B, T, V)
             for i, student in enumerate(students):           # one student per alpha, on the same batch
-                target = (teacher_hidden, teacher_head) if student.alpha else (None, None)
+                teacher_args = (teacher_hidden, teacher_head) if student.alpha else (None, None)
                 with autocast(device, dtype):
                     hidden = student_forwards[i](x)          # (B, T, C)
-                    loss, ce, kl = loss_fn(hidden, student.model.lm_head.weight, y, student.alpha, *target,
-                                           config.temperature, config.top_k)
-                student.scaler.scale(loss * share).backward()
-                losses[i] += share * torch.stack([ce, kl])
+                    loss, ce, kl = loss_fn(hidden, student.model.lm_head.weight, y, student.alpha,
+                                           *teacher_args, config.temperature, config.top_k)
+                student.scaler.scale(loss * micro_weight).backward()
+                losses[i] += micro_weight * torch.stack([ce, kl])
         lr = learning_rate(config, step)
         for student in students:
-            if world > 1:                                    # every rank has worked on its rows of the batch
+            if world > 1:                                    # sum the gradients over ranks
                 for p in student.model.parameters():
                     dist.all_reduce(p.grad)
             for group in student.optimizer.param_groups:
                 group["lr"] = lr
             student.scaler.unscale_(student.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.grad_clip or math.inf)
             student.scaler.step(student.optimizer)
             student.scaler.update()
             student.optimizer.zero_grad(set_to_none=True)
@@ -221,24 +226,27 @@ def train(config, show_progress=True):
         # the log and the saved state; a step that writes neither does not wait for the GPU
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and time.time() - saved_at > config.save_every
-        if (logging or saving) and bad_step < config.steps:
-            lr = learning_rate(config, bad_step.item())
-            raise UserError(f"the loss became NaN or inf at step {bad_step} (learning rate {lr:.3g}): "
-                            "lower --lr, with another --out, or look at the data")
+        if logging or saving:                                # float16 may skip steps, but not 17 in a row
+            if any(student.scaler.get_scale() < 1 for student in students):
+                bad_step.clamp_(max=step)
+            if bad_step < config.steps:
+                lr = learning_rate(config, bad_step.item())
+                raise UserError(f"the loss became NaN or inf at step {bad_step} (learning rate {lr:.3g}): "
+                                "lower --lr, with another --out, or look at the data")
         if logging:
             if world > 1:
                 dist.all_reduce(losses)
-            ce, kl = losses.T.round(decimals=5).tolist()
-            tokens = (step + 1 - last_logged) * config.tokens_per_step
-            tokens_per_s = tokens / (time.time() - logged_at)
+            ce, kl = ([round(x, 5) for x in column] for column in losses.T.tolist())
+            tokens_per_s = config.tokens_per_step * (step + 1 - last_logged) / (time.time() - logged_at)
             last_logged, logged_at = step + 1, time.time()
             mfu = tokens_per_s * flops_a_token / world / H100_FLOPS
             print(json.dumps({"step": step, "lr": lr, "alpha": config.alpha, "ce": ce, "kl": kl,
                               "tokens_per_s": round(tokens_per_s), "mfu": mfu}), file=log, flush=True)
             bar.set_postfix_str(f"ce {ce[-1]:.3f}, {mfu:.1%} of an H100", refresh=False)
         if saving:
-            parts = [[part.state_dict() for part in (s.model, s.optimizer, s.scaler)] for s in students]
-            save_file(f"{config.out}/state.pt", {"settings": settings, "step": step + 1, "students": parts})
+            states = [(s.model.state_dict(), s.optimizer.state_dict(), s.scaler.state_dict())
+                      for s in students]
+            save_file(f"{config.out}/state.pt", {"settings": settings, "step": step + 1, "students": states})
             saved_at = time.time()
 
     bar.close()
@@ -257,19 +265,23 @@ def train(config, show_progress=True):
 
 def check(config):
     """Raises UserError where the settings do not make sense."""
-    c = config
+    for names, low, high in (
+            ("tokens batch_size block_size accumulate log_every", 1, math.inf),
+            ("temperature", 0.001, math.inf), ("seed", 0, 2**63 - 1),
+            ("top_k lr weight_decay grad_clip save_every", 0, math.inf),
+            ("alpha min_lr warmup", 0, 1), ("beta1 beta2", 0, 0.999999)):
+        for name in names.split():
+            value = getattr(config, name)
+            if not all(low <= x <= high for x in (value if name == "alpha" else [value])):
+                limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
+                raise UserError(f"--{name} must be {limits}, not {value}")
     for ok, message in (
-            (c.size in SIZES, f"--size must be one of {' '.join(SIZES)}, not {c.size}"),
-            (c.dtype in ("auto", "float32", "bfloat16", "float16"), f"unknown --dtype {c.dtype}"),
-            (all(0 <= a <= 1 for a in c.alpha), f"--alpha takes numbers from 0 to 1, not {c.alpha}"),
-            (len(set(c.alpha)) == len(c.alpha), f"--alpha names a value twice: {c.alpha}"),
-            (c.teacher or not any(c.alpha), "--alpha above 0 needs a --teacher"),
-            (any(c.alpha) or not c.teacher, "a --teacher has no effect at alpha 0: try --alpha 0.25"),
-            (min(c.batch_size, c.block_size, c.accumulate, c.log_every, c.temperature) > 0,
-             "batch_size, block_size, accumulate, log_every and temperature must be above 0"),
-            (min(c.seed, c.top_k, c.lr, c.warmup) >= 0, "seed, top_k, lr and warmup must not be negative"),
-            (c.tokens >= c.tokens_per_step,
-             f"--tokens {c.tokens} is less than one step of {c.tokens_per_step} tokens")):
+            (config.size in SIZES, f"--size must be one of {' '.join(SIZES)}, not {config.size}"),
+            (config.dtype in ("auto", "float32", "bfloat16", "float16"), f"unknown --dtype {config.dtype}"),
+            (len({f"{a:g}" for a in config.alpha}) == len(config.alpha), "--alpha names a value twice"),
+            (config.teacher or not any(config.alpha), "--alpha above 0 needs a --teacher"),
+            (any(config.alpha) or not config.teacher, "a --teacher has no effect at alpha 0: try 0.25"),
+            (config.steps, f"--tokens {config.tokens} is less than one step of {config.tokens_per_step}")):
         if not ok:
             raise UserError(message)
 
@@ -278,10 +290,7 @@ def load_teacher(config, meta, device):
     """-> the frozen teacher and the settings of its run, or None twice. Raises UserError, OSError."""
     if not config.teacher:
         return None, None
-    teacher, extra = load_checkpoint(config.teacher, device)
-    if extra["settings"]["tokenizer"] != meta["tokenizer"]:
-        raise UserError(f"teacher and student must share a tokenizer: {config.data} does not have that of "
-                        f"{config.teacher}")
+    teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
     if teacher.config.block_size < config.block_size:
         raise UserError(f"--block_size {config.block_size} exceeds the teacher's {teacher.config.block_size}")
     return teacher.requires_grad_(False), extra["settings"]
@@ -293,7 +302,7 @@ def checkpoint_path(config, alpha):
 
 
 def settings_of_run(config, dtype, meta, teacher_settings):
-    """What makes two runs the same run, to be saved with them: everything but where and how fast it runs."""
+    """What identifies a run, to be saved with it: every knob but paths and those of speed, and its inputs."""
     settings = {**asdict(config), "dtype": str(dtype), "teacher": teacher_settings,
                 "corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"]}
     for name in ("data", "out", "device", "fused", "compile", "log_every", "save_every"):
@@ -303,8 +312,10 @@ def settings_of_run(config, dtype, meta, teacher_settings):
 
 def check_folder(out, settings):
     """Raises UserError where out holds the checkpoints or the state of a run with other settings."""
-    for path in (*Path(out).glob("*.pt"), *Path(out).glob("alpha_*/ckpt.pt")):
-        if load_file(path).get("settings") != settings:
+    for path in (*Path(out).glob("state.pt"), *Path(out).glob("ckpt.pt"), *Path(out).glob("alpha_*/ckpt.pt")):
+        content = "students" if path.name == "state.pt" else "model"
+        saved = load_file(path)
+        if content not in saved or saved.get("settings") != settings:
             raise UserError(f"{path} comes from a run with other settings: choose another --out")
 
 
@@ -314,9 +325,10 @@ def resume(config, students, paths):
     if os.path.exists(f"{config.out}/state.pt"):
         state = load_file(f"{config.out}/state.pt")
         step = state["step"]
-        for student, parts in zip(students, state["students"]):
-            for part in (student.model, student.optimizer, student.scaler):
-                part.load_state_dict(parts.pop(0))
+        for student, (model, optimizer, scaler) in zip(students, state["students"]):
+            student.model.load_state_dict(model)
+            student.optimizer.load_state_dict(optimizer)
+            student.scaler.load_state_dict(scaler)
     if int(os.environ.get("RANK", 0)):
         return step, open(os.devnull, "w")
     for path in paths:
@@ -325,39 +337,36 @@ def resume(config, students, paths):
 
 
 # ------------------------------------------------------------------------------
-# Speed: from here on nothing is new; the same is computed, up to rounding, in less time and memory.
+# Only speed from here on: the same results, up to rounding, in less time and memory.
 #
 # The fused loss, its gradient by hand. For one token let p = softmax(z), r = softmax(z/T), q = softmax(t/T),
-# a constant, and e the one-hot label. All it takes is that log sum exp(z) has the gradient softmax(z):
+# a constant, and e the one-hot label. The only fact needed: the gradient of log sum exp(z) is softmax(z).
 #     CE = log sum exp(z) - z_y,                                        so  dCE/dz = p - e
 #     KL = sum q log q - sum q z/T + log sum exp(z/T),  with sum q = 1, so  dKL/dz = (r - q) / T
 #     dz = (1 - alpha) (p - e) + alpha T (r - q),  which at T = 1 is p - (1 - alpha) e - alpha q
 # divided by N, as the loss is a mean over N tokens; through z = h W^T:  dh = dz W  and  dW = dz^T h.
 # (T^2 is there because r - q shrinks as 1/T as well when T grows: so the gradient keeps its size.)
 
-CHUNK_TOKENS = 256                   # whose logits are held at once on a CPU: at 512 words they fit a cache
-CHUNK_BYTES = 2**29                  # of logits on a GPU: every chunk moves the whole gradient of the head
+CHUNK_TOKENS = 256                   # at once on a CPU: at a vocabulary of 512 their logits fit its cache
+CHUNK_BYTES = 2**29                  # of logits on a GPU, where each chunk moves the head's whole gradient;
+                                     # a chunk takes about 1.8 GiB with the teacher's, buffers and gradient
 SHARED_VOCAB = 4096                  # vocabulary up to which all students share the teacher's logits
 H100_FLOPS = 989e12                  # FLOP/s of an H100 in dense bfloat16, for MFU
 
 
 def chunk_loss(z, t, y, alpha, temperature):
     """
-    Logits z (N, V) and t (N, V) or None, labels y (N,), alpha a tensor -> the sums over tokens of ce and kl.
-    Puts the gradient dz into z.
+    Logits z (N, V) and t (N, V) or None, labels y (N,), alpha a tensor, which is 0 without t -> the sums over
+    tokens of ce and kl. Overwrites z with the gradient dz.
     """
-    z_norm = z.logsumexp(-1, keepdim=True)                   # p = exp(z - z_norm)
-    ce = (z_norm - z.gather(-1, y[:, None])).sum()
-    if t is None:
-        z.copy_((z - z_norm).exp())
-        z.scatter_add_(-1, y[:, None], torch.full_like(z_norm, -1.0))
-        return ce, torch.zeros_like(ce)
-    z_T, t_T = (z, t) if temperature == 1 else (z / temperature, t / temperature)
-    r_norm, q_norm = z_T.logsumexp(-1, keepdim=True), t_T.logsumexp(-1, keepdim=True)
-    p, q, r = (z - z_norm).exp(), (t_T - q_norm).exp(), (z_T - r_norm).exp()
-    kl = (q * (t_T - q_norm - z_T + r_norm)).sum()
-    z.copy_((1 - alpha) * p + alpha * temperature * (r - q))
-    z.scatter_add_(-1, y[:, None], (alpha - 1) * torch.ones_like(z_norm))
+    label, log_p = y[:, None], z.log_softmax(-1)
+    ce, kl, dz = -log_p.gather(-1, label).sum(), z.new_zeros(()), log_p.exp()
+    if t is not None:
+        log_q = (t / temperature).log_softmax(-1)
+        log_r = log_p if temperature == 1 else (z / temperature).log_softmax(-1)
+        kl = (log_q.exp() * (log_q - log_r)).sum()
+        dz = (1 - alpha) * dz + alpha * temperature * (log_r.exp() - log_q.exp())
+    z.copy_(dz).scatter_add_(-1, label, (alpha - 1) * torch.ones_like(log_p[:, :1]))
     return ce, kl
 
 
@@ -374,12 +383,13 @@ class FusedLoss(torch.autograd.Function):
         else:
             th = th.flatten(0, -2)
         if torch.is_autocast_enabled(device.type):           # products in low precision, the rest in float32
-            low = torch.get_autocast_dtype(device.type)
-            h, w, th, tw = (x if x is None else x.to(low) for x in (h, w, th, tw))
+            amp_dtype = torch.get_autocast_dtype(device.type)
+            h, w, th, tw = (x if x is None else x.to(amp_dtype) for x in (h, w, th, tw))
         N, V = len(y), len(w)
-        rows = CHUNK_TOKENS if device.type == "cpu" else max(1, CHUNK_BYTES // (4 * V))
-        alpha_tensor = torch.full((), alpha, device=device)  # a float would be compiled anew for each value
-        # every chunk's logits go into the same memory: asking for new pages each time takes a fifth longer
+        chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
+        rows = math.ceil(N / math.ceil(chunks))  # of about equal length, for fewer recompiles
+        alpha_tensor = torch.full((), alpha, device=device)  # a float would be recompiled for each value
+        # all chunks reuse one buffer: fresh allocations are a fifth slower
         z_buffer = h.new_empty(min(rows, N), V)
         t_buffer = None if tw is None else torch.empty_like(z_buffer)
         dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
@@ -395,17 +405,18 @@ class FusedLoss(torch.autograd.Function):
                 torch.mm(dz, w, out=dh[part])
                 if dw.dtype == dz.dtype:
                     dw.addmm_(dz.T, h[part])
-                else:                                        # many small sums would be lost in low precision
+                else:                                        # accumulate in float32
                     dw += dz.T @ h[part]
         ce, kl = ce / N, kl / N
-        ctx.gradients = dh.view_as(hidden).to(hidden.dtype), dw.to(weight.dtype), N
+        ctx.save_for_backward(dh.view_as(hidden).to(hidden.dtype), dw.to(weight.dtype))
+        ctx.N = N
         ctx.mark_non_differentiable(ce, kl)
         return (1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl
 
     @staticmethod
-    def backward(ctx, grad, *_):                             # the gradient is there, and only to be scaled
-        dh, dw, N = ctx.gradients
-        return dh * (grad / N), dw * (grad / N), *[None] * 7
+    def backward(ctx, grad, *_):                             # already computed: just scale it
+        dh, dw = ctx.saved_tensors
+        return dh * (grad / ctx.N), dw * (grad / ctx.N), *[None] * 7
 
 
 def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None, temperature=1.0,
@@ -417,7 +428,7 @@ def distill_loss(hidden, weight, targets, alpha, teacher_hidden=None, teacher_we
 
 @functools.cache
 def compiler(device):
-    """-> torch.compile, or where it does not work, which it says once, a function that changes nothing."""
+    """-> torch.compile, or where it does not work, with one warning, the identity."""
     torch._dynamo.config.cache_size_limit = 64               # a run has one shape, a process many runs
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))

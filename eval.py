@@ -85,6 +85,7 @@ def evaluation_sets(data_dir):
 # ------------------------------------------------------------------------------
 # the task: an item is {"context", "choices", "label"}
 
+MOST_CHARACTERS = 100_000                # of an item: tiktoken fails on a million spaces
 CONTEXT, LINE = 160, 60                  # characters of context and of a line: an item fits 128 tokens
 
 
@@ -117,17 +118,28 @@ def read_items(path):
     "label"}, whose endings follow after a space. Raises OSError, or UserError with the line that is none.
     """
     items = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8", errors="replace").splitlines(), 1):
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             item = json.loads(line)
             if "ctx" in item:
                 endings = [f" {ending}" for ending in item["endings"]]
-                item = {"context": item["ctx"], "choices": endings, "label": int(item["label"])}
-            item["context"] + item["choices"][item["label"]]
-            items.append(item)
-        except (ValueError, KeyError, TypeError, IndexError):
-            raise UserError(f'{path}: line {number} has no "ctx", "endings", "label", nor "context", '
-                            '"choices", "label"') from None
+                item = {"context": item["ctx"], "choices": endings, "label": item["label"]}
+            label, choices = int(item["label"]), item["choices"]
+            if str(label) != str(item["label"]) or not 0 <= label < len(choices):
+                raise ValueError
+            if not all(isinstance(text, str) for text in (item["context"], *choices)) or "" in choices:
+                raise ValueError
+            if isinstance(choices, str) or len(line) > MOST_CHARACTERS:
+                raise ValueError
+            items.append({"context": item["context"], "choices": list(choices), "label": label})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}: line {number} is not an item: "context", "choices", "label" (or "ctx", '
+                            f'"endings", "label"), at most {MOST_CHARACTERS:,} characters') from None
+    if not items:
+        raise UserError(f"{path} holds no items")
     return items
 
 
@@ -140,9 +152,9 @@ def score_items(model, encoding, items):
     for item in items:
         context = encoding.encode_ordinary(item["context"])
         for choice in item["choices"]:
-            ids = encoding.encode_ordinary(choice)[:T]
+            ids = encoding.encode_ordinary(choice)[:T]       # of a longer choice, so much is scored
             row = [encoding.eot_token, *context, *ids][-T - 1:]
-            spans.append((len(row) - 1 - len(ids), len(row) - 1, len(choice)))
+            spans.append((len(row) - 1 - len(ids), len(row) - 1, len(encoding.decode(ids))))
             rows.append(row)
     likelihoods = torch.empty(len(rows))
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))         # so that little is padding
@@ -192,6 +204,8 @@ def token_gains(base, student, teacher, data_dir, windows=256):
     found, sets = {}, evaluation_sets(data_dir)
     inside, outside = [sets["in_domain"]], [path for name, path in sets.items() if name != "in_domain"]
     for where, paths in (("in_domain", inside), ("out", outside)):
+        if not paths:
+            continue
         rows = torch.cat([read_windows(path, base.config.block_size, windows)["report"] for path in paths])
         (b, b_right), (s, _), (_, t_right) = (token_scores(model, rows) for model in (base, student, teacher))
         gain = (b - s).double()
@@ -201,14 +215,6 @@ def token_gains(base, student, teacher, data_dir, windows=256):
             name: (mask.double().mean().item(), gain[mask].mean().item() if mask.any() else 0.0)
             for name, mask in groups.items()}}
     return found
-
-
-def open_model(path, data_dir, device):
-    """load_checkpoint, to evaluate here. Raises OSError; UserError if the tokenizer is another."""
-    model, extra = load_checkpoint(path, device)
-    if extra["settings"]["tokenizer"] != load_meta(data_dir)["tokenizer"]:
-        raise UserError(f"{path} has another tokenizer than {data_dir}: give its own corpus with --data")
-    return model, extra
 
 
 def print_table(paths, models, data_dir, windows):
@@ -231,7 +237,8 @@ def print_table(paths, models, data_dir, windows):
         for i, m in enumerate(metrics):
             x, is_task = m[name]["report"], name.startswith("task/")
             gain = (x - first["report"]) * (1 if is_task else -1)
-            perplexity, shown = "" if is_task else f"{math.exp(x):.2f}", f"({gain:+.4f})" if i else ""
+            perplexity = "" if is_task else f"{torch.tensor(x).exp():.2f}"   # inf where it is too large
+            shown = f"({gain:+.4f})" if i else ""
             line += f"{x:7.4f} {perplexity:>9} {shown:12}"
         print(line.rstrip())
 
@@ -433,9 +440,11 @@ def generalisation_first(s):
         return mean_over(robustness.reshape(-1, len(s.seeds)))
     weak, strong = (mean_of(s.robustness[s.counts & kind]) for kind in (s.weakness > 0, s.weakness <= 0))
     everything, chosen = mean_of(s.robustness[s.counts]), mean_of(s.best_robustness[s.counts])
+    within = ~np.isnan(s.robustness[s.counts]).all(-1)       # (T, A)
     return judge(everything), (
-        f"Effective robustness {show(everything)}; at the chosen alphas {show(chosen)}; from weak teachers "
-        f"{show(weak)}; from strong ones {show(strong)}; weak minus strong {show(weak - strong)}.")
+        f"Effective robustness of {within.sum()} of {within.size} cells {show(everything)}; at the chosen "
+        f"alphas {show(chosen)}; from weak teachers {show(weak)}; from strong ones {show(strong)}; "
+        f"weak minus strong {show(weak - strong)}.")
 
 
 FINDINGS = {"A weak teacher helps": weak_teacher_helps,
@@ -545,10 +554,14 @@ def main():
     if args.teacher and len(args.checkpoints) != 2:
         parser.error("--teacher needs two checkpoints, a baseline and a student")
     device, encoding = pick_device(args.device)[0], load_tokenizer(args.data)
+    tokenizer = load_meta(args.data)["tokenizer"]
     items = read_items(args.items) if args.items else []
-    models = [open_model(path, args.data, device) for path in args.checkpoints]
-    if args.teacher:
-        teacher = open_model(args.teacher, args.data, device)[0]
+    models = [load_checkpoint(path, device, tokenizer) for path in args.checkpoints]
+    sizes = {model.config.block_size for model, _ in models}
+    teacher = load_checkpoint(args.teacher, device, tokenizer)[0] if args.teacher else None
+    if not args.json and (len(sizes) > 1 or teacher and teacher.config.block_size < max(sizes)):
+        raise UserError("these models have contexts of different lengths: evaluate one at a time, or --json")
+    if teacher:
         for where, x in token_gains(models[0][0], models[1][0], teacher, args.data, args.windows).items():
             print(f"\n{where}: the student gains {x['gain']:+.4f} nats per token on the baseline")
             print(f"{'right (argmax)':24} {'share':>7} {'mean gain':>10} {'share x gain':>13}")

@@ -7,6 +7,7 @@ The architecture of "Strong Teacher Not Needed? On Distillation in LLM Pretraini
 takes Llama 3's (2407.21783): RMSNorm before each half of a layer (1910.07467), rotary positions (2104.09864),
 grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases, a head tied to the embedding or not.
 """
+import json
 import math
 import os
 import zipfile
@@ -71,6 +72,7 @@ def rotate(x, cos, sin):
 
 class Attention(nn.Module):
     """Causal self-attention with grouped queries: x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
+    repeat_kv = False                    # pick_device sets it on GPUs without a kernel for grouped queries
 
     def __init__(self, config):
         super().__init__()
@@ -87,7 +89,9 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)    # (B, n_kv_head, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_head < self.n_head)
+        if self.repeat_kv:
+            k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for x in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -199,6 +203,8 @@ def pick_device(name="auto", dtype="auto"):
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
         raise OSError(f"--device {name} is not available: use cpu or auto") from None
+    if device.type == "cuda":                                # flash attention came with compute capability 8
+        Attention.repeat_kv = torch.cuda.get_device_capability(device) < (8, 0)
     if dtype == "auto" and device.type == "cuda":
         dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     known = dtype != "auto" and torch.amp.is_autocast_available(device.type)
@@ -224,15 +230,15 @@ def save_file(path, obj):
 
 def load_file(path):
     """
-    What save_file wrote, on the CPU. Only tensors and plain values are unpickled. Raises OSError where it is
-    missing or damaged.
+    The dict that save_file wrote, on the CPU. Only tensors and plain values are unpickled. Raises OSError
+    where it is missing, damaged, or something else.
     """
     if not os.path.isfile(path):
         raise OSError(f"no checkpoint at {path}: train one with distill.py, or give its .pt file")
     try:
         if zipfile.ZipFile(path).testzip():                  # torch.load does not see a flipped byte
             raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return {**torch.load(path, map_location="cpu", weights_only=True)}
     except (MemoryError, PermissionError):
         raise
     except Exception:                                        # of many kinds, all for the same reason
@@ -244,31 +250,37 @@ def save_checkpoint(path, model, **extra):
     save_file(path, {"config": asdict(model.config), "model": model.state_dict(), **extra})
 
 
-def load_checkpoint(path, device="cpu"):
-    """-> (model in eval mode, the extra values saved with it). Raises OSError."""
+def load_checkpoint(path, device="cpu", tokenizer=None):
+    """
+    -> (model in eval mode, the extra values saved with it). tokenizer: the one it has to have, by meta.json.
+    Raises OSError.
+    """
     saved = load_file(path)
-    if "config" not in saved:
-        raise OSError(f"{path} is not a checkpoint, but perhaps the state of an unfinished run")
-    model = GPT(GPTConfig(**saved.pop("config")))
-    model.load_state_dict(saved.pop("model"))
+    try:
+        model = GPT(GPTConfig(**saved.pop("config")))
+        model.load_state_dict(saved.pop("model"))
+    except Exception:                                        # state.pt, or a checkpoint of another project
+        raise OSError(f"{path} is not a checkpoint of distill.py") from None
+    if tokenizer and saved.get("settings", {}).get("tokenizer") != tokenizer:
+        raise OSError(f"{path} was trained with another tokenizer than the corpus has: see --data")
     return model.to(device).eval(), saved
 
 
 def to_hf(path, folder, data_dir):
     """
     Write the checkpoint at path, with the tokenizer of the corpus in data_dir, as a folder that transformers'
-    AutoModelForCausalLM and AutoTokenizer load. Raises UserError or OSError.
+    AutoModelForCausalLM and AutoTokenizer load (4.46 to 5.x). Raises UserError or OSError.
     """
     from data import END_OF_TEXT, UserError, load_meta, load_tokenizer
-    model, extra = load_checkpoint(path)
-    meta, encoding, c = load_meta(data_dir), load_tokenizer(data_dir), model.config
-    if extra["settings"]["tokenizer"] != meta["tokenizer"]:
-        raise UserError(f"{data_dir} does not have the tokenizer of {path}: give its corpus with --data")
+    meta, encoding = load_meta(data_dir), load_tokenizer(data_dir)
+    model, _ = load_checkpoint(path, tokenizer=meta["tokenizer"])
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError:
         raise UserError("--to_hf needs transformers: pip install transformers") from None
+    os.makedirs(folder, exist_ok=True)                       # raises where it is a file
+    c = model.config
     llama = LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner,
         num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
@@ -277,11 +289,20 @@ def to_hf(path, folder, data_dir):
         eos_token_id=encoding.eot_token))
     llama.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": weight
                            for name, weight in model.state_dict().items()})
-    llama.save_pretrained(folder)
-    converter = TikTokenConverter(pattern=meta["pattern"], extra_special_tokens=[END_OF_TEXT])
+    converter = TikTokenConverter(pattern=meta["pattern"])
+    converter.extra_special_tokens = converter.additional_special_tokens = [END_OF_TEXT]     # in 5.x, in 4.x
     converter.load_tiktoken_bpe = lambda path: encoding._mergeable_ranks
-    PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
-                            eos_token=END_OF_TEXT, model_max_length=c.block_size).save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
+                                        eos_token=END_OF_TEXT, model_max_length=c.block_size)
+    llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # 5.x writes both in a form that 4.x does not know, and would replace by its defaults
+    for file, known in (("config.json", {"rope_theta": c.rope_theta}),
+                        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})):
+        with open(f"{folder}/{file}") as f:
+            settings = json.load(f)
+        with open(f"{folder}/{file}", "w") as f:
+            json.dump({**settings, **known}, f, indent=2)
 
 
 def main():

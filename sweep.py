@@ -1,5 +1,6 @@
 """
-Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a figure.
+Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a figure: the study of "Strong
+Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), at a scale of your choice.
 
     python sweep.py                                    # --scale laptop: half an hour, first gains in minutes
     python sweep.py --scale smoke                      # the same path in a minute: too small to find anything
@@ -7,11 +8,9 @@ Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a fi
     python sweep.py --scale full --dry_run             # every run with its FLOPs; nothing is trained
     python sweep.py --report results/full              # table, verdicts, figure from a results.jsonl alone
 
-A model is named size@tokens. Writes below --out: results.jsonl (a line a model), report.md and
-findings_STUDENT.png, anew after each seed, and runs/ with the checkpoints. Interrupted, the same command
-resumes. What a gain is, and how findings are judged: eval.py.
-
-Follows "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857.
+A model is named size@tokens. Writes below --out: results.jsonl (one line per model), report.md and
+findings_STUDENT.png, rewritten after each seed, and runs/ with the checkpoints. If interrupted, rerun the
+same command to resume. What a gain is, and how findings are judged: eval.py.
 """
 import json
 import multiprocessing
@@ -19,8 +18,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent import futures
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -37,7 +35,7 @@ from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_devic
 class Scale:
     """One experiment. A model is named size@tokens."""
     student: str
-    teachers: str                    # the weakest first: its students come first
+    teachers: str                    # weakest first; trained in this order
     alphas: tuple = (0.25, 0.5, 1.0)
     seeds: tuple = (1, 2, 3)         # of a student's weights and data order
     teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets
@@ -81,26 +79,21 @@ class Run:
         teacher, teacher_seed = (self.teacher.model, self.teacher.seed) if self.teacher else (None, None)
         return [(self.model, self.seed, teacher, teacher_seed, alpha) for alpha in self.alphas]
 
-    def config(self, scale, data, out, device):
-        """The Config that trains it."""
-        size, tokens = parse_model(self.model)
-        teacher = f"{out}/runs/{self.teacher.name}/ckpt.pt" if self.teacher else ""
-        return Config(data=data, out=f"{out}/runs/{self.name}", size=size, tokens=tokens, seed=self.seed,
-                      teacher=teacher, alpha=self.alphas, device=device, **scale.training)
-
     def flops(self, scale):
-        """-> FLOPs of the training of one student, of its teacher's forward passes, and of the whole run."""
-        def per_token(run):
+        """-> FLOPs of training one student, and of its teacher's forward passes over the same tokens."""
+        tokens, block_size = parse_model(self.model)[1], Config(**scale.training).block_size
+        def forward(run):
             shape = SIZES[parse_model(run.model)[0]]
-            return flops_per_token(GPTConfig(scale.vocab_size, Config(**scale.training).block_size, **shape))
-        tokens = parse_model(self.model)[1]
-        own = 3 * tokens * per_token(self)                   # a backward pass costs two forward passes
-        teacher = tokens * per_token(self.teacher) if self.teacher else 0
-        return own, teacher, len(self.alphas) * own + teacher
+            return tokens * flops_per_token(GPTConfig(scale.vocab_size, block_size, **shape))
+        return 3 * forward(self), forward(self.teacher) if self.teacher else 0
+
+    def total_flops(self, scale):
+        student, teacher = self.flops(scale)
+        return len(self.alphas) * student + teacher
 
 
 def plan(scale):
-    """Every run once, after the runs that it needs: seed by seed, the weakest teacher first."""
+    """All runs in an order in which each follows those it needs: seed by seed, weakest teacher first."""
     runs, (size, tokens) = [], parse_model(scale.student)
     for seed in scale.seeds:
         half, alone, twice = (Run(model_name(size, round(n * tokens)), seed) for n in TIMES)
@@ -109,24 +102,29 @@ def plan(scale):
             teacher = Run(model_name(*parse_model(model)), 1000 + seed % scale.teacher_sets)
             runs += [teacher, Run(alone.model, seed, scale.alphas, teacher, alone)]
         runs += [half, twice]
-    return list(dict.fromkeys(runs))                         # a teacher of several students comes once
+    return list(dict.fromkeys(runs))                         # several students share a teacher
 
 
 def start_worker(threads):
-    """Set a worker process up: it shares the cores, and ends with the sweep, even where that was killed."""
+    """Set up a worker: it shares the cores, and exits when the sweep does, even if that is killed."""
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is for the sweep
-    parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    sweep = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (sweep.join(), os._exit(1)), daemon=True).start()
 
 
 def train_and_evaluate(run, scale, data, out, device):
     """In a worker -> rows of results.jsonl, one for each alpha."""
-    start, rows, (own, teacher, _) = time.time(), [], run.flops(scale)
-    for key, path in zip(run.keys, train(run.config(scale, data, out, device), show_progress=False)):
-        metrics = evaluate(load_checkpoint(path, pick_device(device)[0])[0], data, scale.windows)
-        rows.append({**dict(zip(KEYS, key)), "corpus": load_meta(data)["fingerprint"], "flops": own,
-                     "teacher_flops": teacher, "metrics": metrics})
+    start, rows, corpus = time.time(), [], load_meta(data)["fingerprint"]
+    size, tokens = parse_model(run.model)
+    teacher = f"{out}/runs/{run.teacher.name}/ckpt.pt" if run.teacher else ""
+    config = Config(data=data, out=f"{out}/runs/{run.name}", size=size, tokens=tokens, seed=run.seed,
+                    teacher=teacher, alpha=run.alphas, device=device, **scale.training)
+    student_flops, teacher_flops = run.flops(scale)
+    for key, path in zip(run.keys, train(config, show_progress=False)):
+        model, _ = load_checkpoint(path, device)
+        rows.append({**dict(zip(KEYS, key)), "corpus": corpus, "flops": student_flops,
+                     "teacher_flops": teacher_flops, "metrics": evaluate(model, data, scale.windows)})
     return [{**row, "seconds": round((time.time() - start) / len(rows), 1)} for row in rows]
 
 
@@ -147,47 +145,52 @@ def sweep(scale, data, out, jobs, device):
     if any(row["corpus"] != load_meta(data)["fingerprint"] for row in rows.values()):
         raise UserError(f"{path} comes from another corpus than {data}: choose another --out")
     os.makedirs(out, exist_ok=True)
-    with open(f"{path}.tmp", "w") as f:                      # half a last line goes
+    with open(f"{path}.tmp", "w") as f:                      # drops a half-written last line
         f.writelines(json.dumps(row) + "\n" for row in rows.values())
     os.replace(f"{path}.tmp", path)
 
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
-    needed = {run.teacher for run in missing}                # trained again where only its row is left
+    needed = {run.teacher for run in missing}                # retrained if only its row is left
     todo = [run for run in runs if run in missing or run in needed]
-    done, running = {None, *runs} - set(todo), {}
+    done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)             # read by the workers when their torch starts
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
-    bar = tqdm(total=sum(run.flops(scale)[-1] for run in todo), unit="FLOP", unit_scale=True, smoothing=0,
-               mininterval=1 if os.isatty(2) else 60)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")       # its complaint after Ctrl-C
+    pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
+    bar = tqdm(total=sum(run.total_flops(scale) for run in todo), unit="FLOP", unit_scale=True, smoothing=0,
+               miniters=0, mininterval=1 if os.isatty(2) else 60)
     try:
         while todo or running:
             ready = [run for run in todo if {run.teacher, run.alone} <= done]
             for run in ready[:jobs - len(running)]:
                 todo.remove(run)
                 running[pool.submit(train_and_evaluate, run, scale, data, out, device)] = run
-            finished, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-            bar.update(0)                                    # the clock
+            finished, _ = futures.wait(running, timeout=1, return_when=futures.FIRST_COMPLETED)
+            bar.update(0)                                    # redraws the elapsed time
             for future in finished:
                 run = running.pop(future)
-                done.add(run)
-                bar.update(run.flops(scale)[-1])
                 for key, row in zip(run.keys, future.result()):
                     if key not in rows:
                         rows[key] = row
                         with open(path, "a") as f:
                             f.write(json.dumps(row) + "\n")
+                done.add(run)
+                bar.update(run.total_flops(scale))
                 if run.teacher:
                     bar.write(cell_line(run, rows))
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
                     verdicts = [line for line in report([*rows.values()], out).splitlines() if "**" in line]
                     bar.write("\n".join([f"\nafter seed {run.seed}, {out}/report.md:", *verdicts, ""]))
-    except BrokenProcessPool:
-        raise UserError("a worker was killed (for memory? --jobs 1): the same command resumes") from None
-    finally:                                                 # Ctrl-C, or a worker's exception: all stop
+    except BaseException as e:                               # also Ctrl-C: the other workers stop
         for worker in multiprocessing.active_children():
             worker.kill()
+        if isinstance(e, futures.process.BrokenProcessPool):
+            raise UserError("a worker died (out of memory? --jobs 1); rerun the same command to resume") from None
+        if isinstance(e, UserError):
+            raise UserError(f"{run.name}: {e}") from None
+        raise
+    finally:
         bar.close()
         pool.shutdown(cancel_futures=True)
     return [*rows.values()]
@@ -197,9 +200,9 @@ def main():
     """Run the sweep that the command line asks for and report, or only report, or only print its cost."""
     parser = make_parser(__doc__)
     parser.add_argument("--scale", default="laptop", choices=SCALES, help="the experiment (default: laptop)")
-    parser.add_argument("--student", metavar="MODEL", help="in place of the scale's, as s@1.5M")
-    parser.add_argument("--teachers", metavar="MODEL,MODEL", help="in place of the scale's, weakest first")
-    parser.add_argument("--seeds", metavar="N,N", help="in place of the scale's, as 1,2,3")
+    parser.add_argument("--student", metavar="MODEL", help="instead of the scale's, such as s@1.5M")
+    parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, weakest first")
+    parser.add_argument("--seeds", metavar="N,N", help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: cores; on a GPU 1)")
@@ -214,26 +217,27 @@ def main():
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
                     seeds=seeds)
     runs = plan(scale)
-    jobs = args.jobs or (torch.get_num_threads() if pick_device(args.device)[0].type == "cpu" else 1)
+    device, _ = pick_device(args.device)
+    jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
     if args.dry_run:
         flops = 0
         for run in runs:
-            flops += run.flops(scale)[-1]
-            print(f"{run.name:48} {len(run.alphas)} alphas {run.flops(scale)[-1]:9.2e} FLOPs")
+            flops += run.total_flops(scale)
+            print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {run.total_flops(scale):9.2e} FLOPs")
         return print(f"{len(runs)} runs, {flops:.2e} FLOPs: about {flops / 5e10 / jobs / 60:,.0f} minutes "
                      f"on {jobs} CPU cores, {flops / 4e14 / 3600:,.2f} hours on an H100 (computed)")
     start, out, data = time.time(), args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
     corpus, sets = load_meta(data)["arguments"]["corpus"], evaluation_sets(data)
-    if corpus not in (scale.corpus, "text"):                 # text: one's own files
+    if corpus not in (scale.corpus, "text"):                 # text: the user's own
         raise UserError(f"{data} holds the corpus {corpus}, but this scale needs {scale.corpus}")
     if len(sets) < 2:
         raise UserError(f"{data} has no out-of-distribution set, which the findings need: data.py --ood ...")
-    for path in sets.values():                               # now, not after the first teacher
+    for path in sets.values():                               # now, not after an hour
         read_windows(path, Config(**scale.training).block_size, most=1)
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
-    print(f"\n{report(sweep(scale, data, out, jobs, args.device), out)}\n{out}: report.md, figures, "
+    print(f"\n{report(sweep(scale, data, out, jobs, str(device)), out)}\n{out}: report.md, figures, "
           f"results.jsonl; {(time.time() - start) / 60:.1f} minutes")
 
 
