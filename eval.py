@@ -518,8 +518,8 @@ def draw(s, path):
     right.plot(curve, parabola(x, y, curve), color="black")
     right.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
     for kind, label, fill in ((s.weakness > 0, "weak teachers", "none"), (s.weakness <= 0, "strong", "full")):
-        cells = np.nanmean(s.taught[s.counts & kind], axis=2).reshape(-1, 3)
-        cells = cells[(cells[:, IN] >= x.min()) & (cells[:, IN] <= x.max())]
+        within = (s.counts & kind)[:, None] & ~np.isnan(s.robustness).all(-1)            # (T, A)
+        cells = np.nanmean(s.taught[within], axis=1)         # (cells, measures)
         right.plot(cells[:, IN], cells[:, OUT], "o", color="0.4", fillstyle=fill, label=f"from {label}")
     right.set(xlabel="loss in domain (nats/token)", ylabel="loss outside (nats/token)")
     for axis, (claim, rule) in zip(axes, FINDINGS.items()):

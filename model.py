@@ -12,6 +12,7 @@ import math
 import os
 import zipfile
 from dataclasses import asdict, dataclass
+from unittest import mock
 
 import torch
 import torch.nn as nn
@@ -279,7 +280,6 @@ def to_hf(path, folder, data_dir):
         from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError:
         raise UserError("--to_hf needs transformers: pip install transformers") from None
-    os.makedirs(folder, exist_ok=True)                       # raises where it is a file
     c = model.config
     llama = LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner,
@@ -291,9 +291,10 @@ def to_hf(path, folder, data_dir):
                            for name, weight in model.state_dict().items()})
     converter = TikTokenConverter(pattern=meta["pattern"])
     converter.extra_special_tokens = converter.additional_special_tokens = [END_OF_TEXT]     # in 5.x, in 4.x
-    converter.load_tiktoken_bpe = lambda path: encoding._mergeable_ranks
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
-                                        eos_token=END_OF_TEXT, model_max_length=c.block_size)
+    with mock.patch("tiktoken.load.load_tiktoken_bpe", lambda path: encoding._mergeable_ranks):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
+                                            eos_token=END_OF_TEXT, model_max_length=c.block_size)
+    os.makedirs(folder, exist_ok=True)                       # raises where it is a file
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # 5.x writes both in a form that 4.x does not know, and would replace by its defaults

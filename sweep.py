@@ -50,9 +50,8 @@ SCALES = {
     "laptop": Scale("s@1.5M", "xs@2M s@1M xs@8M s@8M m@8M"),
     "full": Scale("s@1.5M", "xs@1K xs@1M xs@2M s@1M xs@8M s@2M s@8M m@8M l@8M", seeds=tuple(range(11, 19)),
                   teacher_sets=2),   # xs@1K is a control: one step of training, a teacher that knows nothing
-    "gpu": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", vocab_size=50_304,
-                 corpus="fineweb-edu",
-                 training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
+    "gpu": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", (0.25, 0.5, 1.0), (1, 2, 3), 1, 50_304,
+                 "fineweb-edu", dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
     "paper": Scale("1.7B@50B", " ".join(f"{size}@{n}B" for size in ("0.7B", "1.7B", "3.8B", "8B")
                                         for n in (10, 30, 50, 80, 100, 300)),
                    (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256, corpus="fineweb-edu",
@@ -148,7 +147,6 @@ def sweep(scale, data, out, jobs, device):
     with open(f"{path}.tmp", "w") as f:                      # drops a half-written last line
         f.writelines(json.dumps(row) + "\n" for row in rows.values())
     os.replace(f"{path}.tmp", path)
-
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
     needed = {run.teacher for run in missing}                # retrained if only its row is left
@@ -182,15 +180,13 @@ def sweep(scale, data, out, jobs, device):
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
                     verdicts = [line for line in report([*rows.values()], out).splitlines() if "**" in line]
                     bar.write("\n".join([f"\nafter seed {run.seed}, {out}/report.md:", *verdicts, ""]))
-    except BaseException as e:                               # also Ctrl-C: the other workers stop
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        if isinstance(e, futures.process.BrokenProcessPool):
-            raise UserError("a worker died (out of memory? --jobs 1); rerun the same command to resume") from None
-        if isinstance(e, UserError):
-            raise UserError(f"{run.name}: {e}") from None
-        raise
+    except futures.process.BrokenProcessPool:
+        raise UserError("a worker died (out of memory? --jobs 1); rerun the same command to resume") from None
+    except UserError as e:
+        raise UserError(f"{run.name}: {e}") from None
     finally:
+        for worker in multiprocessing.active_children() if running else ():      # after Ctrl-C or a failure
+            worker.kill()
         bar.close()
         pool.shutdown(cancel_futures=True)
     return [*rows.values()]
@@ -202,7 +198,8 @@ def main():
     parser.add_argument("--scale", default="laptop", choices=SCALES, help="the experiment (default: laptop)")
     parser.add_argument("--student", metavar="MODEL", help="instead of the scale's, such as s@1.5M")
     parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, weakest first")
-    parser.add_argument("--seeds", metavar="N,N", help="instead of the scale's, such as 1,2,3")
+    parser.add_argument("--seeds", type=lambda text: [whole_number(seed) for seed in text.split(",")],
+                        metavar="N,N", help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: cores; on a GPU 1)")
@@ -213,9 +210,8 @@ def main():
     if args.report:
         return print(report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
-    seeds = [whole_number(seed) for seed in args.seeds.split(",")] if args.seeds else scale.seeds
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
-                    seeds=seeds)
+                    seeds=args.seeds or scale.seeds)
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
