@@ -52,8 +52,7 @@ def sha(data):
     return hashlib.sha256(data.encode() if isinstance(data, str) else data).hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------
-# the text: sets of documents, each (name, text)
+# ---- the text: sets of documents, each (name, text) --------------------------
 
 def read_tree(label, root, *endings):
     """The files below root with these endings that are UTF-8 and not empty: (label/relative path, text)."""
@@ -150,8 +149,7 @@ def split_documents(in_domain, ood, more_ood):
     return sets
 
 
-# ------------------------------------------------------------------------------
-# the vocabulary
+# ---- the vocabulary ----------------------------------------------------------
 
 def train_bpe(text, vocab_size, pattern=PATTERN):
     """
@@ -198,8 +196,7 @@ def make_encoding(ranks, pattern):
                              special_tokens={END_OF_TEXT: len(ranks)})
 
 
-# ------------------------------------------------------------------------------
-# tokens on disk
+# ---- tokens on disk ----------------------------------------------------------
 
 def python_corpus(ood, vocab_size, **_):
     """The Python on this machine. -> encoding, vocabulary size of a model, {set: arrays of ids}."""
@@ -364,8 +361,7 @@ class Batches:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
-# ------------------------------------------------------------------------------
-# what all command lines share
+# ---- what all command lines share --------------------------------------------
 
 class UserError(Exception):
     """Something that the user can mend, in one line; a file that can't be read or written is an OSError."""

@@ -74,8 +74,7 @@ class Config:
         return self.tokens // self.tokens_per_step
 
 
-# ------------------------------------------------------------------------------
-# the loss, in its plain form
+# ---- the loss, in its plain form ---------------------------------------------
 
 def keep_top_k(logits, k):
     """Teacher logits (N, V) with all but the k largest pushed to -1e9; k = 0: as they are."""
@@ -109,8 +108,7 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, 
     return loss, ce.detach(), kl.detach()
 
 
-# ------------------------------------------------------------------------------
-# the training loop
+# ---- the training loop -------------------------------------------------------
 
 def learning_rate(config, step):
     """Linear warm-up to the peak, then a cosine down to min_lr times the peak."""
@@ -242,7 +240,8 @@ def train(config, show_progress=True):
             mfu = tokens_per_s * flops_a_token / world / H100_FLOPS
             print(json.dumps({"step": step, "lr": lr, "alpha": config.alpha, "ce": ce, "kl": kl,
                               "tokens_per_s": round(tokens_per_s), "mfu": mfu}), file=log, flush=True)
-            bar.set_postfix_str(f"ce {ce[-1]:.3f}, {mfu:.1%} of an H100", refresh=False)
+            shown = f", {mfu:.1%} of an H100" if device.type == "cuda" else ""
+            bar.set_postfix_str(f"ce {ce[-1]:.3f}{shown}", refresh=False)
         if saving:
             states = [(s.model.state_dict(), s.optimizer.state_dict(), s.scaler.state_dict())
                       for s in students]
@@ -260,8 +259,7 @@ def train(config, show_progress=True):
     return paths
 
 
-# ------------------------------------------------------------------------------
-# a run and its files
+# ---- a run and its files -----------------------------------------------------
 
 def check(config):
     """Raises UserError where the settings do not make sense."""
@@ -439,8 +437,7 @@ def compiler(device):
         return lambda function: function
 
 
-# ------------------------------------------------------------------------------
-# the command line: every field of Config is a --flag of the same name
+# ---- the command line: every field of Config is a --flag of the same name ----
 
 def numbers(text):
     """'0,0.25' -> (0.0, 0.25). Raises ValueError."""

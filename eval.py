@@ -6,9 +6,9 @@ How good is a model: loss in domain and out of distribution, one downstream task
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "           # what they write
     python eval.py out/124M/ckpt.pt --data data/fineweb-edu --items hellaswag_val.jsonl
 
-Reads checkpoints of distill.py and the corpus folder of data.py. Models of one block_size see the same
-windows and items. Both are cut in two halves, from the first and from the later held-out documents: choose on
-`select`, quote from `report`. Loss is in nats per token.
+Models of one block_size see the same windows and items. Both are cut in two halves, from the first and from
+the later held-out documents: choose on `select`, quote from `report`. Loss is in nats per token. The second
+half of the file turns a sweep's results.jsonl into a report.
 
 The task, next_line, is made from held-out documents: which of four lines of a file comes next (after
 HellaSwag, arXiv 1905.07830)? Its score is the probability that the model gives to the right one of the four,
@@ -34,8 +34,7 @@ from data import (END_OF_TEXT, UNITS, UserError, load_meta, load_tokenizer, load
 from model import SIZES, autocast, load_checkpoint, pick_device
 
 
-# ------------------------------------------------------------------------------
-# token by token, over fixed windows
+# ---- token by token, over fixed windows --------------------------------------
 
 def evenly_spaced(items, most):
     """At most so many of the items."""
@@ -82,8 +81,7 @@ def evaluation_sets(data_dir):
     return {name: f"{data_dir}/{file}.bin" for name, file in names.items()}
 
 
-# ------------------------------------------------------------------------------
-# the task: an item is {"context", "choices", "label"}
+# ---- the task: an item is {"context", "choices", "label"} --------------------
 
 MOST_CHARACTERS = 100_000                # of an item: tiktoken fails on a million spaces
 CONTEXT, LINE = 160, 60                  # characters of context and of a line: an item fits 128 tokens
@@ -172,8 +170,7 @@ def score_items(model, encoding, items):
     return scores
 
 
-# ------------------------------------------------------------------------------
-# everything about one model, and about three
+# ---- everything about one model, and about three -----------------------------
 
 def evaluate(model, data_dir, windows=256, items=500):
     """
@@ -519,7 +516,7 @@ def draw(s, path):
     right.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
     for kind, label, fill in ((s.weakness > 0, "weak teachers", "none"), (s.weakness <= 0, "strong", "full")):
         within = (s.counts & kind)[:, None] & ~np.isnan(s.robustness).all(-1)            # (T, A)
-        cells = np.nanmean(s.taught[within], axis=1)         # (cells, measures)
+        cells = np.nanmean(s.taught[within][..., :TASK], axis=1)             # (cells, 2)
         right.plot(cells[:, IN], cells[:, OUT], "o", color="0.4", fillstyle=fill, label=f"from {label}")
     right.set(xlabel="loss in domain (nats/token)", ylabel="loss outside (nats/token)")
     for axis, (claim, rule) in zip(axes, FINDINGS.items()):
@@ -530,8 +527,7 @@ def draw(s, path):
     figure.savefig(path, dpi=100)
 
 
-# ------------------------------------------------------------------------------
-# the command line
+# ---- the command line --------------------------------------------------------
 
 def main():
     """Evaluate the checkpoints of the command line and print what it asks for."""
@@ -543,10 +539,8 @@ def main():
                         ' form or with "context", "choices", "label"')
     parser.add_argument("--json", action="store_true", help="print what evaluate() returns, for programs")
     parser.add_argument("--sample", metavar="TEXT", help="print what each checkpoint writes after this")
-    parser.add_argument("--data", default="data/python", metavar="DIR",
-                        help="corpus folder of data.py (default: data/python)")
-    parser.add_argument("--windows", type=int, default=256, metavar="N",
-                        help="windows evaluated in each half of a set, at most (default: 256)")
+    parser.add_argument("--data", default="data/python", help="folder of data.py (default: data/python)")
+    parser.add_argument("--windows", type=int, default=256, help="in each half of a set (default: 256)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     args = parser.parse_args()
     if args.windows < 1:
@@ -557,8 +551,8 @@ def main():
     tokenizer = load_meta(args.data)["tokenizer"]
     items = read_items(args.items) if args.items else []
     models = [load_checkpoint(path, device, tokenizer) for path in args.checkpoints]
-    sizes = {model.config.block_size for model, _ in models}
     teacher = load_checkpoint(args.teacher, device, tokenizer)[0] if args.teacher else None
+    sizes = {model.config.block_size for model, _ in models}
     if not args.json and (len(sizes) > 1 or teacher and teacher.config.block_size < max(sizes)):
         raise UserError("these models have contexts of different lengths: evaluate one at a time, or --json")
     if teacher:

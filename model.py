@@ -176,9 +176,8 @@ class GPT(nn.Module):
 
 def flops_per_token(config, backward=False):
     """
-    Floating-point operations a token at full context: two for each weight of a matrix product (the head's
-    included, the embedding's look-up not) and 4 T C a layer for attention, the causal mask not deducted:
-    PaLM's appendix B, arXiv 2204.02311. With the backward pass, three times the forward's.
+    FLOPs a token at full context: 2 for each weight of a matrix product and 4 T C a layer for attention, the
+    causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); three times that with the backward pass.
     """
     C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
     weights = config.n_layer * (2 * C * C + 2 * C * kv + 3 * C * config.n_inner) + config.vocab_size * C
@@ -186,8 +185,7 @@ def flops_per_token(config, backward=False):
     return 3 * forward if backward else forward
 
 
-# ------------------------------------------------------------------------------
-# where it runs
+# ---- where it runs -----------------------------------------------------------
 
 def pick_device(name="auto", dtype="auto"):
     """
@@ -217,8 +215,7 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-# ------------------------------------------------------------------------------
-# checkpoints
+# ---- checkpoints -------------------------------------------------------------
 
 def save_file(path, obj):
     """torch.save to a temporary file, then rename: path is never half-written. Raises OSError."""
@@ -230,10 +227,7 @@ def save_file(path, obj):
 
 
 def load_file(path):
-    """
-    The dict that save_file wrote, on the CPU. Only tensors and plain values are unpickled. Raises OSError
-    where it is missing, damaged, or something else.
-    """
+    """The dict that save_file wrote, on the CPU; unpickles tensors and plain values only. Raises OSError."""
     if not os.path.isfile(path):
         raise OSError(f"no checkpoint at {path}: train one with distill.py, or give its .pt file")
     try:
@@ -252,10 +246,7 @@ def save_checkpoint(path, model, **extra):
 
 
 def load_checkpoint(path, device="cpu", tokenizer=None):
-    """
-    -> (model in eval mode, the extra values saved with it). tokenizer: the one it has to have, by meta.json.
-    Raises OSError.
-    """
+    """-> (model in eval mode, the extra values), made with this tokenizer of meta.json. Raises OSError."""
     saved = load_file(path)
     try:
         model = GPT(GPTConfig(**saved.pop("config")))

@@ -198,8 +198,7 @@ def main():
     parser.add_argument("--scale", default="laptop", choices=SCALES, help="the experiment (default: laptop)")
     parser.add_argument("--student", metavar="MODEL", help="instead of the scale's, such as s@1.5M")
     parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, weakest first")
-    parser.add_argument("--seeds", type=lambda text: [whole_number(seed) for seed in text.split(",")],
-                        metavar="N,N", help="instead of the scale's, such as 1,2,3")
+    parser.add_argument("--seeds", metavar="N,N", help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: cores; on a GPU 1)")
@@ -211,7 +210,7 @@ def main():
         return print(report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
-                    seeds=args.seeds or scale.seeds)
+                    seeds=list(map(whole_number, args.seeds.split(","))) if args.seeds else scale.seeds)
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
