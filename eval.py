@@ -449,7 +449,7 @@ FINDINGS = {"A weak teacher helps": weak_teacher_helps,
             "Generalisation comes first": generalisation_first}
 
 
-def report(rows, out):
+def write_report(rows, out):
     """Write report.md and, with matplotlib, a figure for each student -> the report. Raises UserError."""
     if not rows:
         raise UserError(f"{out} has no results.jsonl with results")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import UserError, load_meta, make_parser, prepare, run_main, whole_number
 from distill import Config, train
 from eval import (IN, KEYS, OUT, REPORT, TIMES, evaluate, evaluation_sets, measures, model_name, parse_model,
-                  read_rows, read_windows, report)
+                  read_rows, read_windows, write_report)
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
 
@@ -153,8 +153,8 @@ def sweep(scale, data, out, jobs, device):
     todo = [run for run in runs if run in missing or run in needed]
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)             # read by the workers when their torch starts
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")       # its complaint after Ctrl-C
+    os.environ["OMP_NUM_THREADS"] = str(threads)             # for the workers; below, a complaint after Ctrl-C
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
     bar = tqdm(total=sum(run.total_flops(scale) for run in todo), unit="FLOP", unit_scale=True, smoothing=0,
                miniters=0, mininterval=1 if os.isatty(2) else 60)
@@ -178,8 +178,8 @@ def sweep(scale, data, out, jobs, device):
                 if run.teacher:
                     bar.write(cell_line(run, rows))
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
-                    verdicts = [line for line in report([*rows.values()], out).splitlines() if "**" in line]
-                    bar.write("\n".join([f"\nafter seed {run.seed}, {out}/report.md:", *verdicts, ""]))
+                    lines = write_report([*rows.values()], out).splitlines()
+                    bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
     except futures.process.BrokenProcessPool:
         raise UserError("a worker died (out of memory? --jobs 1); rerun the same command to resume") from None
     except UserError as e:
@@ -207,7 +207,7 @@ def main():
     parser.add_argument("--report", metavar="DIR", help="only report on DIR/results.jsonl")
     args = parser.parse_args()
     if args.report:
-        return print(report(read_rows(f"{args.report}/results.jsonl"), args.report))
+        return print(write_report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
                     seeds=list(map(whole_number, args.seeds.split(","))) if args.seeds else scale.seeds)
@@ -232,7 +232,7 @@ def main():
     for path in sets.values():                               # now, not after an hour
         read_windows(path, Config(**scale.training).block_size, most=1)
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
-    print(f"\n{report(sweep(scale, data, out, jobs, str(device)), out)}\n{out}: report.md, figures, "
+    print(f"\n{write_report(sweep(scale, data, out, jobs, str(device)), out)}\n{out}: report.md, figures, "
           f"results.jsonl; {(time.time() - start) / 60:.1f} minutes")
 
 

@@ -863,7 +863,7 @@ def test_a_missing_or_an_odd_row_costs_no_more_than_its_seed(tmp_path):
             assert "not tested" not in verdicts(rows[:i] + rows[i + 1:])
     for row in rows:
         row["metrics"].pop("task/next_line")
-    text = evaluation.report(rows, str(tmp_path))
+    text = evaluation.write_report(rows, str(tmp_path))
     assert "| none |" in text and "nan" not in text
 
 
@@ -1116,6 +1116,17 @@ def test_names_of_files_and_terminals_that_lack_a_letter(made, tmp_path):
         command = [sys.executable, HERE / "sweep.py", "--report", made / "results"]
         done = subprocess.run(command, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding})
         assert done.returncode == 0 and b"reproduced" in done.stdout, done.stderr
+
+
+def test_eval_without_sets_outside_and_with_a_loss_that_has_no_perplexity(made, monkeypatch, capsys):
+    monkeypatch.chdir(made)
+    argv = ["foreign/ckpt.pt", "foreign/ckpt.pt", "--data", "other"]
+    code, out, err = call(evaluation.main, [*argv, "--teacher", "foreign/ckpt.pt"], monkeypatch, capsys)
+    assert code == 0 and "in_domain: the student gains +0.0000" in out and "\nout" not in out
+    huge = {"in_domain": {"select": 800.0, "report": 800.0}}
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_: huge)
+    code, out, err = call(evaluation.main, argv, monkeypatch, capsys)
+    assert code == 0 and "800.0000       inf" in out, err
 
 
 def test_help_and_a_full_disk(corpus, tmp_path, monkeypatch, capsys):
