@@ -153,7 +153,7 @@ def sweep(scale, data, out, jobs, device):
     todo = [run for run in runs if run in missing or run in needed]
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
-    os.environ["OMP_NUM_THREADS"] = str(threads)             # for the workers; below, a complaint after Ctrl-C
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the workers; below, a complaint after Ctrl-C
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
     bar = tqdm(total=sum(run.total_flops(scale) for run in todo), unit="FLOP", unit_scale=True, smoothing=0,
