@@ -39,6 +39,7 @@ from model import (GPT, SIZES, GPTConfig, autocast, flops_per_token, load_checkp
 
 @dataclass
 class Config:
+    """Every knob; each is a --flag of the same name."""
     data: str = "data/python"     # corpus folder made by data.py
     out: str = "out/run"          # folder for checkpoints and the log
     size: str = "s"               # shape of the model, a name in model.SIZES
@@ -437,7 +438,7 @@ def compiler(device):
         return lambda function: function
 
 
-# ---- the command line: every field of Config is a --flag of the same name ----
+# ---- the command line --------------------------------------------------------
 
 def numbers(text):
     """'0,0.25' -> (0.0, 0.25). Raises ValueError."""
