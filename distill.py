@@ -166,10 +166,11 @@ def train(config, show_progress=True):
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step, log = resume(config, students, paths)
     if world > 1:
-        first_steps = [None] * world
-        dist.all_gather_object(first_steps, first_step)
-        if len(set(first_steps)) > 1:
-            raise UserError(f"ranks resume at different steps, {first_steps}: --out must be on a shared disk")
+        extremes = torch.tensor([first_step, -first_step], device=device)
+        dist.all_reduce(extremes, dist.ReduceOp.MIN)
+        if extremes.sum() != 0:
+            raise UserError(f"ranks resume at different steps, {extremes[0]} and {-extremes[1]}: --out must be on "
+                            "a disk that they share")
     maybe_compile = compiler(device) if config.compile else lambda function: function
     student_forwards = [maybe_compile(student.model.hidden) for student in students]
     loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))

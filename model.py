@@ -264,6 +264,8 @@ def to_hf(path, folder, data_dir):
     AutoModelForCausalLM and AutoTokenizer load (4.46 to 5.x). Raises UserError or OSError.
     """
     from data import END_OF_TEXT, UserError, load_meta, load_tokenizer
+    if os.path.isfile(folder):
+        raise UserError(f"{folder} is a file, not a folder")
     meta, encoding = load_meta(data_dir), load_tokenizer(data_dir)
     model, _ = load_checkpoint(path, tokenizer=meta["tokenizer"])
     try:
@@ -285,7 +287,6 @@ def to_hf(path, folder, data_dir):
     with mock.patch("tiktoken.load.load_tiktoken_bpe", lambda path: encoding._mergeable_ranks):
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
                                             eos_token=END_OF_TEXT, model_max_length=c.block_size)
-    os.makedirs(folder, exist_ok=True)                       # raises where it is a file
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # 5.x writes both in a form that 4.x does not know, and would replace by its defaults
