@@ -169,8 +169,8 @@ def train(config, show_progress=True):
         extremes = torch.tensor([first_step, -first_step], device=device)
         dist.all_reduce(extremes, dist.ReduceOp.MIN)
         if extremes.sum() != 0:
-            raise UserError(f"ranks resume at different steps, {extremes[0]} and {-extremes[1]}: put --out on a "
-                            "shared disk")
+            raise UserError(f"ranks resume at different steps, {extremes[0]} and {-extremes[1]}: "
+                            "put --out on a shared disk")
     maybe_compile = compiler(device) if config.compile else lambda function: function
     student_forwards = [maybe_compile(student.model.hidden) for student in students]
     loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
