@@ -1,9 +1,9 @@
 """
-Text -> a byte-pair vocabulary -> tokens on disk -> batches.
+Text -> a byte-pair vocabulary -> tokens on disk -> batches; and the items of downstream tasks.
 
     python data.py                                                        # --corpus python: downloads nothing
     python data.py --corpus text --train mine/*.txt --ood news=news.txt --out data/mine
-    python data.py --corpus fineweb-edu --tokens 1B                    # the paper's corpus: downloads 2.2 GB
+    python data.py --corpus fineweb-edu --tokens 1B --task hellaswag=hellaswag_val.jsonl   # downloads 2.2 GB
 
 The `python` corpus is the Python that is on your machine. In domain: the sources of the standard library and
 of torch. Out of distribution, for evaluation only: sympy, numpy and networkx (same language, other authors),
@@ -12,7 +12,8 @@ on the versions of Python, torch, numpy, sympy and networkx, which meta.json nam
 your own files; fineweb-edu comes with GPT-2's vocabulary.
 
 Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16 or uint32, each document closed by
-<|endoftext|>), vocab.tiktoken, and meta.json, written last: a folder without it is unfinished and made anew.
+<|endoftext|>), vocab.tiktoken, task_NAME.jsonl (one item a line), and meta.json, written last: a folder
+without it is unfinished and made anew.
 Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. tiktoken encodes.
 """
 import argparse
@@ -25,6 +26,7 @@ import json
 import math
 import os
 import platform
+import random
 import sys
 import sysconfig
 from collections import Counter, defaultdict
@@ -149,6 +151,93 @@ def split_documents(in_domain, ood, more_ood):
     return sets
 
 
+# ---- downstream tasks: an item is {"context", "choices", "label"} ------------
+
+MOST_CHARACTERS = 100_000                # of an item: tiktoken fails on a million spaces
+
+
+def evenly_spaced(items, most):
+    """At most so many of the items."""
+    n = min(len(items), most)
+    return [items[k * len(items) // n] for k in range(n)]
+
+
+def bracket_items(sets, pairs=63):
+    """
+    The task `brackets`: a file of Python is cut before a ) or ], right after a letter or a digit, where the
+    tokenizer cuts as well. Which of the two comes next? At most so many pairs of items, a ) and a ], from
+    either half of each of the sets of documents -> items, the first half of them from the first halves.
+    """
+    halves = [], []
+    for documents in sets:
+        middle = len(documents) // 2
+        found = bracket_pairs(documents[:middle]), bracket_pairs(documents[middle:])
+        for items, half in zip(halves, found):
+            for kind in zip(*evenly_spaced(half, min(pairs, *map(len, found)))):       # all ), then all ]
+                items += kind
+    return halves[0] + halves[1]
+
+
+def bracket_pairs(documents):
+    """Documents (name, text) -> pairs of items, at most six a document."""
+    pairs = []
+    for name, text in documents:
+        cuts, stack = {")": [], "]": []}, []                 # the stack: positions of open brackets
+        for i, character in enumerate(text):
+            if character in "([{":
+                stack.append(i)
+            elif character in ")]}":
+                start = stack.pop() if stack else -1
+                if text[start] + character not in ("()", "[]", "{}"):
+                    stack = []                               # one of them stood in a string: start over
+                elif character in cuts and 8 <= i - start <= 200 and text[i - 1].isalnum():
+                    cuts[character].append(bracket_item(text, start, i))
+        draw, n = random.Random(name), min(6, len(cuts[")"]), len(cuts["]"]))
+        pairs += zip(draw.sample(cuts[")"], n), draw.sample(cuts["]"], n))
+    return pairs
+
+
+def bracket_item(text, start, end):
+    """The item of a text cut at end, before the bracket that closes the one at start."""
+    first = max(0, end - 280)                                # at most so many characters
+    line = text.find("\n", first, end) + 1                   # in whole lines
+    if first and line <= start:
+        first = line or first
+    rest = text[end + 1:end + 31].partition("\n")[0]
+    return {"context": text[first:end], "choices": [f"){rest}", f"]{rest}"], "label": ")]".index(text[end])}
+
+
+def read_items(path):
+    """
+    Items from a file of JSON lines, {"context", "choices", "label"} or HellaSwag's {"ctx", "endings",
+    "label"}, whose endings follow after a space. Raises OSError, or UserError with the line that is none.
+    """
+    items = []
+    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            if "ctx" in item:
+                endings = [f" {ending}" for ending in item["endings"]]
+                item = {"context": item["ctx"], "choices": endings, "label": item["label"]}
+            label, choices = int(item["label"]), item["choices"]
+            if str(label) != str(item["label"]) or not 0 <= label < len(choices):
+                raise ValueError
+            if not all(isinstance(text, str) for text in (item["context"], *choices)) or "" in choices:
+                raise ValueError
+            if isinstance(choices, str) or len(line) > MOST_CHARACTERS:
+                raise ValueError
+            items.append({"context": item["context"], "choices": list(choices), "label": label})
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f'{path}: line {number} is not an item: "context", "choices", "label" (or "ctx", '
+                            f'"endings", "label"), at most {MOST_CHARACTERS:,} characters') from None
+    if len(items) < 2:
+        raise UserError(f"{path} needs two items at least")
+    return items
+
+
 # ---- the vocabulary ----------------------------------------------------------
 
 def train_bpe(text, vocab_size, pattern=PATTERN):
@@ -199,15 +288,17 @@ def make_encoding(ranks, pattern):
 # ---- tokens on disk ----------------------------------------------------------
 
 def python_corpus(ood, vocab_size, **_):
-    """The Python on this machine. -> encoding, vocabulary size of a model, {set: arrays of ids}."""
+    """The Python on this machine. -> encoding, vocabulary size, {set: arrays of ids}, {task: items}."""
     in_domain, python_ood = python_documents()
-    return learn_and_encode(split_documents(in_domain, python_ood, ood), vocab_size)
+    sets = split_documents(in_domain, python_ood, ood)
+    of_python = [sets[name] for name in ("val", "ood_sympy", "ood_numpy", "ood_networkx")]
+    return *learn_and_encode(sets, vocab_size), {"brackets": bracket_items(of_python)}
 
 
 def text_corpus(ood, vocab_size, train, **_):
     """Files of one's own. -> as python_corpus."""
     in_domain = [piece for path in train for piece in pieces(path)]
-    return learn_and_encode(split_documents(in_domain, {}, ood), vocab_size)
+    return *learn_and_encode(split_documents(in_domain, {}, ood), vocab_size), {}
 
 
 def fineweb_corpus(ood, tokens, out_dir, **_):
@@ -222,30 +313,38 @@ def fineweb_corpus(ood, tokens, out_dir, **_):
     names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
     arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
     arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
-    return encoding, 50_304, arrays                          # a multiple of 64, for the GPU
+    return encoding, 50_304, arrays, {}                      # a multiple of 64, for the GPU
 
 
 CORPORA = {"python": python_corpus, "text": text_corpus, "fineweb-edu": fineweb_corpus}
 
 
-def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None):
+def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None,
+            tasks=None):
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
-    "fineweb-edu", with so many training tokens. vocab_size counts the bytes, the merges and end-of-text. A
-    finished out_dir of the same arguments is left as it is; another is an error. Raises UserError, OSError.
+    "fineweb-edu", with so many training tokens. vocab_size counts the bytes, the merges and end-of-text;
+    tasks = {name: file of items}. A finished out_dir of the same arguments is left as it is; another is an
+    error. Raises UserError, OSError.
     """
-    ood = dict(ood or {})
+    ood, tasks = dict(ood or {}), dict(tasks or {})
+    files = (*train, *ood.values(), *tasks.values())
     arguments = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
-                 "files": [sha(Path(path).read_bytes()) for path in (*train, *ood.values())]}
+                 "tasks": list(tasks), "files": [sha(Path(path).read_bytes()) for path in files]}
     if os.path.exists(os.path.join(out_dir, "meta.json")):
         meta = load_meta(out_dir)
         if meta["arguments"] != arguments:
             raise UserError(f"{out_dir} holds another corpus: choose another --out, or delete it")
         return meta
     ood = {name: list(pieces(path)) for name, path in ood.items()}
-    encoding, vocab_size, arrays = CORPORA[corpus](
+    tasks = {name: read_items(path) for name, path in tasks.items()}
+    encoding, vocab_size, arrays, made = CORPORA[corpus](
         ood=ood, vocab_size=vocab_size, train=train, tokens=tokens, out_dir=out_dir)
+    if tasks.keys() & made.keys():
+        raise UserError(f"--task: this corpus has a task {', '.join(made)} already: choose another name")
     os.makedirs(out_dir, exist_ok=True)
+    for name, items in {**made, **tasks}.items():
+        Path(out_dir, f"task_{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
                     for token, rank in encoding._mergeable_ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
@@ -253,6 +352,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
             "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
             "sets": {name: write_ids(out_dir, name, ids, encoding, dtype) for name, ids in arrays.items()},
+            "tasks": {name: len(items) for name, items in {**made, **tasks}.items()},
             "versions": {"python": platform.python_version(), **{
                 name: importlib.metadata.version(name) for name in ("torch", "numpy", "sympy", "networkx")}}}
     meta["fingerprint"] = fingerprint(meta)
@@ -416,10 +516,13 @@ def main():
                         help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")
     parser.add_argument("--ood", nargs="+", default=[], metavar="NAME=FILE",
                         help="out-of-distribution sets of your own, a UTF-8 file each")
+    parser.add_argument("--task", nargs="+", default=[], metavar="NAME=FILE",
+                        help='downstream tasks of your own, JSON lines with "context", "choices", "label", or HellaSwag\'s own file')
     args = parser.parse_args()
-    ood = dict(word.partition("=")[::2] for word in args.ood)
-    if len(ood) < len(args.ood) or not all(name.isidentifier() and path for name, path in ood.items()):
-        parser.error(f"--ood takes NAME=FILE, each name once, not {' '.join(args.ood)}")
+    ood, tasks = (dict(word.partition("=")[::2] for word in words) for words in (args.ood, args.task))
+    for flag, words, named in (("--ood", args.ood, ood), ("--task", args.task, tasks)):
+        if len(named) < len(words) or not all(name.isidentifier() and path for name, path in named.items()):
+            parser.error(f"{flag} takes NAME=FILE, each name once, not {' '.join(words)}")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--corpus text needs --train FILES, and only it does")
     if args.vocab_size < 257:
@@ -428,11 +531,13 @@ def main():
     train = []
     for word in args.train:                                  # not every shell expands *.txt
         train += [word] if os.path.exists(word) else sorted(glob.glob(word)) or [word]
-    meta = prepare(args.corpus, out, args.vocab_size, train, ood, args.tokens)
+    meta = prepare(args.corpus, out, args.vocab_size, train, ood, args.tokens, tasks)
     print(f"{out}: vocabulary {meta['vocab_size']}, {meta['dtype']}, fingerprint {meta['fingerprint']}")
     for name, s in meta["sets"].items():
         print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens, "
               f"{s['bytes'] / s['tokens']:.2f} bytes each")
+    for name, n in meta["tasks"].items():
+        print(f"  {f'task_{name}':13} {n:6,} items")
 
 
 if __name__ == "__main__":

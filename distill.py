@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import Batches, UserError, load_meta, make_parser, run_main, whole_number
-from model import (GPT, SIZES, GPTConfig, autocast, flops_per_token, load_checkpoint, load_file, pick_device,
-                   save_checkpoint, save_file)
+from model import (GPT, SIZES, GPTConfig, Table, autocast, flops_per_token, load_checkpoint, load_file,
+                   pick_device, save_checkpoint, save_file)
 
 
 @dataclass
@@ -163,6 +163,10 @@ def train(config, show_progress=True):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    if shape.counts:                                         # a table counts in place of training
+        if rank == 0:
+            save_counts(config, shape, batches.tokens, paths[0], settings)
+        return paths
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step, log = resume(config, students, paths)
     if world > 1:
@@ -178,7 +182,7 @@ def train(config, show_progress=True):
         loss_fn = distill_loss_reference
     flops_a_token = len(students) * flops_per_token(shape, backward=True)
     if teacher:
-        small = shape.vocab_size <= SHARED_VOCAB             # small logits are computed once for all students
+        small = shape.vocab_size <= SMALL_VOCAB              # small logits are computed once for all students
         teacher_forward = maybe_compile(teacher.forward if small else teacher.hidden)
         teacher_head = None if small else teacher.lm_head.weight
         flops_a_token += flops_per_token(teacher.config)
@@ -281,6 +285,8 @@ def check(config):
             (len({f"{a:g}" for a in config.alpha}) == len(config.alpha), "--alpha names a value twice"),
             (config.teacher or not any(config.alpha), "--alpha above 0 needs a --teacher"),
             (any(config.alpha) or not config.teacher, "a --teacher has no effect at alpha 0: try 0.25"),
+            (not (config.teacher and SIZES.get(config.size, {}).get("counts")),
+             f"--size {config.size} only counts: it takes no --teacher"),
             (config.steps, f"--tokens {config.tokens} is less than one step of {config.tokens_per_step}")):
         if not ok:
             raise UserError(message)
@@ -294,6 +300,17 @@ def load_teacher(config, meta, device):
     if teacher.config.block_size < config.block_size:
         raise UserError(f"--block_size {config.block_size} exceeds the teacher's {teacher.config.block_size}")
     return teacher.requires_grad_(False), extra["settings"]
+
+
+def save_counts(config, shape, tokens, path, settings):
+    """Count the first tokens of train.bin and save the table. Raises UserError."""
+    if shape.vocab_size > SMALL_VOCAB:
+        raise UserError(f"--size {config.size} needs a vocabulary of at most {SMALL_VOCAB:,}, not "
+                        f"{shape.vocab_size:,}")
+    table = Table(shape)
+    table.count(tokens[:config.tokens].astype("int64"))
+    os.makedirs(config.out, exist_ok=True)
+    save_checkpoint(path, table, alpha=0.0, settings=settings)
 
 
 def checkpoint_path(config, alpha):
@@ -350,7 +367,7 @@ def resume(config, students, paths):
 CHUNK_TOKENS = 256                   # at once on a CPU: at a vocabulary of 512 their logits fit its cache
 CHUNK_BYTES = 2**29                  # of logits on a GPU, where each chunk moves the head's whole gradient;
                                      # a chunk takes about 1.8 GiB with the teacher's, buffers and gradient
-SHARED_VOCAB = 4096                  # vocabulary up to which all students share the teacher's logits
+SMALL_VOCAB = 4096                   # up to which students share the teacher's logits, and a table may count
 H100_FLOPS = 989e12                  # FLOP/s of an H100 in dense bfloat16, for MFU
 
 

@@ -1,25 +1,19 @@
 """
-How good is a model: loss in domain and out of distribution, one downstream task, and which tokens gain.
+What is a model worth: its loss in and out of distribution, downstream tasks, and which tokens gain.
 
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt                           # a table of both
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt  # which tokens gain
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "           # what they write
-    python eval.py out/124M/ckpt.pt --data data/fineweb-edu --items hellaswag_val.jsonl
 
 Models of one block_size see the same windows and items. Both are cut in two halves, from the first and from
-the later held-out documents: choose on `select`, quote from `report`. Loss is in nats per token. The second
-half of the file turns a sweep's results.jsonl into a report.
-
-The task, next_line, is made from held-out documents: which of four lines of a file comes next (after
-HellaSwag, arXiv 1905.07830)? Its score is the probability that the model gives to the right one of the four,
-by their log-likelihoods per character; the usual accuracy of the likeliest stands beside it, and is noisier.
+the later held-out documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss
+stands there twice, as it is and calibrated: with the logits divided by the temperature, chosen for each model
+and each set, that is best on the select half. So every model may be as smooth as each set wants it, and a
+gain that is smoothing alone is gone. The second half of the file turns a sweep's results.jsonl into a report.
 """
-import functools
 import json
 import math
 import os
-import random
-import re
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,18 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (END_OF_TEXT, UNITS, UserError, load_meta, load_tokenizer, load_tokens, make_parser,
-                  run_main, whole_number)
+from data import (UNITS, UserError, evenly_spaced, load_meta, load_tokenizer, load_tokens, make_parser,
+                  read_items, run_main, whole_number)
 from model import SIZES, autocast, load_checkpoint, pick_device
 
 
 # ---- token by token, over fixed windows --------------------------------------
-
-def evenly_spaced(items, most):
-    """At most so many of the items."""
-    n = min(len(items), most)
-    return [items[k * len(items) // n] for k in range(n)]
-
 
 def read_windows(path, block_size, most):
     """-> {"select": ids (<= most, block_size + 1), "report": the same}, evenly spaced over either half."""
@@ -57,21 +45,42 @@ def read_windows(path, block_size, most):
 
 
 @torch.no_grad()
-def token_scores(model, rows):
+def logits_of(model, rows):
     """
-    Rows of ids (N, T + 1) -> two of (N, T): every token's loss in nats, and whether it was the likeliest,
-    under the autocast that training has by default.
+    Rows of ids (N, T + 1) -> by batches, logits (B, T, V) in float32 and targets (B, T), under the autocast
+    that training has by default.
     """
-    device, scores = model.lm_head.weight.device, []
+    device = next(model.buffers()).device
     at_once = max(1, min(32, 2**28 // (rows.size(1) * model.config.vocab_size)))     # logits below a GiB
     for part in rows.split(at_once):
         part = part.to(device)
         with autocast(device, pick_device(device.type)[1]):
             logits = model(part[:, :-1])
-        logp = F.log_softmax(logits.float(), dim=-1)                         # (B, T, V)
-        loss = -logp.gather(-1, part[:, 1:, None])[..., 0]
+        yield logits.float(), part[:, 1:]
+
+
+def token_scores(model, rows):
+    """Rows of ids (N, T + 1) -> two of (N, T): each token's loss in nats, whether it was the likeliest."""
+    scores = []
+    for logits, targets in logits_of(model, rows):
+        logp = F.log_softmax(logits, dim=-1)                                 # (B, T, V)
+        loss = -logp.gather(-1, targets[..., None])[..., 0]
         scores.append((loss.cpu(), (-loss == logp.amax(-1)).cpu()))
     return tuple(torch.cat(s) for s in zip(*scores))
+
+
+TEMPERATURES = [n / 100 for n in range(80, 142, 2)]
+
+
+def mean_losses(model, rows, temperatures):
+    """Rows of ids (N, T + 1) -> the mean loss, in nats, with the logits divided by each temperature."""
+    losses = torch.zeros(len(temperatures))
+    for logits, targets in logits_of(model, rows):
+        for z, y in zip(logits, targets):                    # (T, V) and (T,): a window fits the cache
+            right = z.gather(-1, y[:, None]).sum()
+            sums = [(z / t).logsumexp(-1).sum() - right / t for t in temperatures]
+            losses += torch.stack(sums).cpu() / rows[:, 1:].numel()
+    return losses
 
 
 def evaluation_sets(data_dir):
@@ -81,70 +90,12 @@ def evaluation_sets(data_dir):
     return {name: f"{data_dir}/{file}.bin" for name, file in names.items()}
 
 
-# ---- the task: an item is {"context", "choices", "label"} --------------------
-
-MOST_CHARACTERS = 100_000                # of an item: tiktoken fails on a million spaces
-CONTEXT, LINE = 160, 60                  # characters of context and of a line: an item fits 128 tokens
-
-
-@functools.cache
-def next_line(data_dir):
-    """Items from the held-out documents of a corpus folder, always the same; [] if there are too few."""
-    items, draw, ids = [], random.Random(0), load_tokens(f"{data_dir}/val.bin").tolist()
-    for text in load_tokenizer(data_dir).decode(ids).split(END_OF_TEXT)[:-1]:
-        lines = [line.rstrip() for line in text.split("\n")]
-        fit = [i for i in range(1, len(lines))
-               if lines[i - 1] and len(lines[i].strip()) >= 10 and len(lines[i]) <= LINE]
-        for i in draw.sample(fit, min(len(fit), 40)):
-            context = "\n".join(lines[max(0, i - 20):i])
-            if len(context) > CONTEXT:                       # whole lines only
-                context = context[-CONTEXT:].partition("\n")[2]
-            # distractors from the same document with the same indentation, or it would be easy
-            indent = re.match(r"\s*", lines[i])[0]
-            others = sorted({lines[j] for j in fit if re.match(r"\s*", lines[j])[0] == indent} - {lines[i]})
-            others = [other for other in others if other.strip() not in context]
-            if len(context) >= CONTEXT / 4 and len(others) >= 3:
-                choices, label = draw.sample(others, 3), draw.randrange(4)
-                choices.insert(label, lines[i])
-                items.append({"context": context, "choices": [f"\n{c}" for c in choices], "label": label})
-    return items if len(items) >= 100 else []
-
-
-def read_items(path):
-    """
-    Items from a file of JSON lines, {"context", "choices", "label"} or HellaSwag's {"ctx", "endings",
-    "label"}, whose endings follow after a space. Raises OSError, or UserError with the line that is none.
-    """
-    items = []
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-            if "ctx" in item:
-                endings = [f" {ending}" for ending in item["endings"]]
-                item = {"context": item["ctx"], "choices": endings, "label": item["label"]}
-            label, choices = int(item["label"]), item["choices"]
-            if str(label) != str(item["label"]) or not 0 <= label < len(choices):
-                raise ValueError
-            if not all(isinstance(text, str) for text in (item["context"], *choices)) or "" in choices:
-                raise ValueError
-            if isinstance(choices, str) or len(line) > MOST_CHARACTERS:
-                raise ValueError
-            items.append({"context": item["context"], "choices": list(choices), "label": label})
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}: line {number} is not an item: "context", "choices", "label" (or "ctx", '
-                            f'"endings", "label"), at most {MOST_CHARACTERS:,} characters') from None
-    if not items:
-        raise UserError(f"{path} holds no items")
-    return items
-
+# ---- downstream tasks ---------------------------------------------------------
 
 def score_items(model, encoding, items):
     """
-    -> for each item the probability of the right choice (softmax over the choices' log-likelihoods per
-    character), and 1 or 0 for whether it is the largest. What does not fit the context is cut on the left.
+    -> for each item the probability of the right choice (softmax over the choices' log-likelihoods), and 1 or 0
+    for whether it is the likeliest by log-likelihood per character. What does not fit is cut on the left.
     """
     T, rows, spans = model.config.block_size, [], []
     for item in items:
@@ -161,12 +112,12 @@ def score_items(model, encoding, items):
         # padding, on the right, is never looked at
         loss, _ = token_scores(model, pad_sequence([torch.tensor(rows[i]) for i in group], batch_first=True))
         for i, row in zip(group, loss):
-            first, last, characters = spans[i]
-            likelihoods[i] = -row[first:last].sum() / characters
-    scores = []
-    for item, per_character in zip(items, likelihoods.split([len(item["choices"]) for item in items])):
-        right = per_character.softmax(0)[item["label"]].item()
-        scores.append((right, float(per_character.argmax() == item["label"])))
+            first, last, _ = spans[i]
+            likelihoods[i] = -row[first:last].sum()
+    characters = torch.tensor([characters for _, _, characters in spans])
+    n, scores = [len(item["choices"]) for item in items], []
+    for item, sums, means in zip(items, likelihoods.split(n), (likelihoods / characters).split(n)):
+        scores.append((sums.softmax(0)[item["label"]].item(), float(means.argmax() == item["label"])))
     return scores
 
 
@@ -174,20 +125,28 @@ def score_items(model, encoding, items):
 
 def evaluate(model, data_dir, windows=256, items=500):
     """
-    -> {"in_domain": half, "ood/NAME": half ..., "task/next_line": half, "task/accuracy": half}, half =
-    {"select": x, "report": x}: nats per token over at most `windows` windows of the model's block_size; the
-    task's probability of the right choice and its accuracy over at most `items` items. Raises UserError.
+    -> {name: {"select": x, "report": x}} for the names "in_domain", "ood/SET", "calibrated/in_domain",
+    "calibrated/ood/SET": nats per token over at most `windows` windows of the model's block_size;
+    "temperature/in_domain", "temperature/ood/SET": what divides the calibrated logits; "task/NAME",
+    "accuracy/NAME": the probability of the right choice and the accuracy over at most `items` items. Raises
+    UserError.
     """
     metrics = {}
     for name, path in evaluation_sets(data_dir).items():
-        halves = read_windows(path, model.config.block_size, windows)
-        metrics[name] = {half: token_scores(model, rows)[0].mean().item() for half, rows in halves.items()}
-    made = next_line(data_dir)
-    for half, part in (("select", made[:len(made) // 2]), ("report", made[len(made) // 2:])):
-        if made:
-            scores = score_items(model, load_tokenizer(data_dir), evenly_spaced(part, items))
-            for name, column in zip(("task/next_line", "task/accuracy"), zip(*scores)):
-                metrics.setdefault(name, {})[half] = sum(column) / len(column)
+        rows = read_windows(path, model.config.block_size, windows)
+        select = mean_losses(model, rows["select"], TEMPERATURES)
+        t = TEMPERATURES[select.argmin()]
+        report = mean_losses(model, rows["report"], [1.0, t])
+        metrics[name] = {"select": select[TEMPERATURES.index(1.0)].item(), "report": report[0].item()}
+        metrics[f"calibrated/{name}"] = {"select": select.min().item(), "report": report[1].item()}
+        metrics[f"temperature/{name}"] = {"select": t, "report": t}
+    encoding = load_tokenizer(data_dir)
+    for path in sorted(Path(data_dir).glob("task_*.jsonl")):
+        name, made = path.stem.removeprefix("task_"), read_items(path)
+        for half, part in (("select", made[:len(made) // 2]), ("report", made[len(made) // 2:])):
+            probability, accuracy = np.mean(score_items(model, encoding, evenly_spaced(part, items)), axis=0)
+            metrics.setdefault(f"task/{name}", {})[half] = float(probability)
+            metrics.setdefault(f"accuracy/{name}", {})[half] = float(accuracy)
     return {name: {half: round(x, 6) for half, x in halves.items()} for name, halves in metrics.items()}
 
 
@@ -195,8 +154,7 @@ def token_gains(base, student, teacher, data_dir, windows=256):
     """
     Where does the student gain on the baseline, on the report halves? -> {"in_domain": x, "out": x}, x =
     {"gain": nats per token, "groups": {name: (share, gain)}}, the groups by who predicts the token right
-    (argmax). Shares times gains add up to the gain. Where a baseline was unlucky any other model gains: so
-    compare with a baseline of another seed in the student's place.
+    (argmax). Shares times gains add up to the gain.
     """
     found, sets = {}, evaluation_sets(data_dir)
     inside, outside = [sets["in_domain"]], [path for name, path in sets.items() if name != "in_domain"]
@@ -214,30 +172,61 @@ def token_gains(base, student, teacher, data_dir, windows=256):
     return found
 
 
+def print_token_gains(models, teachers, data_dir, windows):
+    """
+    token_gains of each student on the student alone of its seed, the mean over seeds. Where a model was
+    unlucky any other model gains: so beside it the gain less that of the student alone of another seed.
+    """
+    alone = {extra["settings"]["seed"]: model for model, extra in models if not extra["alpha"]}
+    taught = [(model, extra["settings"]) for model, extra in models if extra["alpha"]]
+    if not taught or not {settings["seed"] for _, settings in taught} <= alone.keys():
+        raise UserError("--teacher needs students with a teacher, and for each the student alone of its seed")
+    found, seeds = defaultdict(list), sorted(alone)
+    for student, settings in taught:
+        own = [model for model, extra in teachers if extra["settings"] == settings["teacher"]]
+        teacher, base = (own or [teachers[0][0]])[0], alone[settings["seed"]]
+        other = alone[seeds[(seeds.index(settings["seed"]) + 1) % len(seeds)]]
+        luck = token_gains(base, other, teacher, data_dir, windows)
+        for where, x in token_gains(base, student, teacher, data_dir, windows).items():
+            found[where, "all tokens"].append((1, x["gain"], x["gain"] - luck[where]["gain"]))
+            for group, (share, gain) in x["groups"].items():
+                found[where, group].append((share, gain, gain - luck[where]["groups"][group][1]))
+    print(f"gain on the student alone, nats per token, {len(taught)} students; by who is right (argmax)")
+    print(f"{'':33} {'share':>7}   {'gain':18}" + "less that of another seed" * (len(alone) > 1))
+    for (where, group), values in found.items():
+        share, gain, net = np.array(values).T
+        net = show(net) if len(alone) > 1 else ""
+        print(f"{where:10} {group:22} {share.mean():7.1%}   {show(gain):18} {net}".rstrip())
+
+
 def print_table(paths, models, data_dir, windows):
-    """Checkpoints side by side: a line a set, a column a checkpoint, in brackets the gain on the first."""
+    """Checkpoints side by side: a line a measure, a column each, in brackets the gain on the first."""
     for i, (path, (_, extra)) in enumerate(zip(paths, models)):
         settings, alpha = extra["settings"], extra["alpha"]
         taught = f", alpha {alpha:g} from {settings['teacher']['size']}" if alpha else ""
         print(f"[{i}] {path}: {settings['size']}, {settings['tokens']:,} tokens, seed {settings['seed']}"
               f"{taught}")
-    print("\nreport halves: nats per token and perplexity; of the task the probability of the right line of "
-          "four\nand how often it is the likeliest (chance is 0.25); in brackets the gain on [0]")
-    print(" " * 15 + "".join(f"{f'[{i}]':30}" for i in range(len(paths))))
     metrics = [evaluate(model, data_dir, windows) for model, _ in models]
     for m in metrics:
-        outside = [half["report"] for name, half in m.items() if name.startswith("ood/")]
-        if outside:
-            m["ood, mean"] = {"report": np.mean(outside)}
-    for name, first in metrics[0].items():
-        line = f"{name:15}"
-        for i, m in enumerate(metrics):
-            x, is_task = m[name]["report"], name.startswith("task/")
-            gain = (x - first["report"]) * (1 if is_task else -1)
-            perplexity = "" if is_task else f"{torch.tensor(x).exp():.2f}"   # inf where it is too large
-            shown = f"({gain:+.4f})" if i else ""
-            line += f"{x:7.4f} {perplexity:>9} {shown:12}"
-        print(line.rstrip())
+        for kind in ("", "calibrated/"):
+            outside = [half["report"] for name, half in m.items() if name.startswith(f"{kind}ood/")]
+            if outside:
+                m[f"{kind}ood, mean"] = {"report": np.mean(outside)}
+    columns = "".join(f"{f'[{i}]':30}" for i in range(len(paths)))
+    for title, kinds in (("loss, nats per token; perplexity", ("in_domain", "ood/", "ood, mean")),
+                         ("calibrated: with a temperature for each model and set", ("calibrated/",)),
+                         ("tasks: probability of the right choice; accuracy", ("task/", "accuracy/"))):
+        names = [name for name in metrics[0] if name.startswith(kinds)]
+        if names:
+            print(f"\n{title}; in brackets the gain on [0]\n{'report half':26}{columns}".rstrip())
+        for name in names:
+            line = f"{name:26}"
+            for i, m in enumerate(metrics):
+                x, is_loss = m[name]["report"], not title.startswith("tasks")
+                gain = (x - metrics[0][name]["report"]) * (-1 if is_loss else 1)
+                perplexity = f"{torch.tensor(x).exp():.2f}" if is_loss else ""       # inf where too large
+                line += f"{x:7.4f} {perplexity:>9} {f'({gain:+.4f})' if i else '':12}"
+            print(line.rstrip())
 
 
 # ------------------------------------------------------------------------------
@@ -248,9 +237,8 @@ def print_table(paths, models, data_dir, windows):
 
 KEYS = ("model", "seed", "teacher", "teacher_seed", "alpha")                 # which model a row is of
 TIMES = (0.5, 1, 2)                      # the student alone is trained on so many times its tokens
-CONTROL_TOKENS = 4096                    # tokens up to which a teacher is a control, which counts in no rule
 SELECT, REPORT = range(2)                # the halves: to choose on, to quote from
-IN, OUT, TASK = range(3)                 # what is measured: loss in domain, mean loss outside, task
+IN, OUT, CALIBRATED_IN, CALIBRATED_OUT, TASK = range(5)      # what measures() gives
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
 
@@ -298,12 +286,18 @@ def read_rows(path):
 
 
 def measures(row):
-    """-> array (2 halves, 3): loss in domain, mean loss outside, the task in percent."""
+    """
+    -> array (2 halves, 5): loss in domain, mean loss outside, the same two calibrated, and the mean accuracy
+    in the tasks, in percent (nan without a task).
+    """
     halves = []
     for half in ("select", "report"):
         m = {name: values[half] for name, values in row["metrics"].items()}
-        outside = np.mean([x for name, x in m.items() if name.startswith("ood/")])
-        halves.append([m["in_domain"], outside, 100 * m.get("task/next_line", math.nan)])
+        tasks = [x for name, x in m.items() if name.startswith("accuracy/")]
+        halves.append([m["in_domain"], np.mean([x for name, x in m.items() if name.startswith("ood/")]),
+                       m["calibrated/in_domain"],
+                       np.mean([x for name, x in m.items() if name.startswith("calibrated/ood/")]),
+                       100 * np.mean(tasks) if tasks else math.nan])
     return np.array(halves)
 
 
@@ -344,10 +338,30 @@ def mean_over(cells):
     return cells[2 * seeds >= seeds.max()].mean(0)
 
 
+def best_alpha(gain):
+    """Gains of the select halves (T, A, S) -> (T,), index of the alpha of the largest mean, at most seeds."""
+    best = []
+    for by_alpha in gain:                                    # (A, S)
+        mean, n = np.array([interval(x) for x in by_alpha]).T[[0, 2]]
+        best.append(np.where(n == n.max(), mean, -np.inf).argmax())
+    return np.array(best)
+
+
+def effective_robustness(alone, taught):
+    """
+    How far a student lies below the curve of loss outside (y) against loss in domain (x) of the student alone
+    on half, once and twice the tokens (Taori et al., arXiv 2007.00644). alone = x, y, each (3, S); taught =
+    x, y, each (T, A, S) -> (T, A, S), nan where a cell lies beyond the curve's ends at any seed.
+    """
+    (x, y), (inside, outside) = alone, taught
+    beyond = ((inside < x.min(0)) | (inside > x.max(0))).any(-1, keepdims=True)
+    return np.where(beyond, np.nan, parabola(x, y, inside) - outside)
+
+
 def study(rows, student):
     """
-    The rows of one student as arrays with the axes T teachers (weakest first), A alphas, S seeds, measures;
-    nan where there is no row, the mean where a seed learned from teachers of several seeds.
+    The rows of one student as arrays with the axes T teachers (weakest first), A alphas, S seeds, and what
+    measures() gives; nan where there is no row, the mean where a seed learned from teachers of several seeds.
     """
     taught_rows = [row for row in rows if row["model"] == student and row["teacher"]]
     teachers, alphas, seeds = (sorted({row[k] for row in taught_rows}) for k in ("teacher", "alpha", "seed"))
@@ -357,50 +371,52 @@ def study(rows, student):
     teacher_seeds = {(row["teacher"], row["seed"], row["teacher_seed"]) for row in taught_rows}
 
     def mean_of(several):
-        return np.mean(several, axis=0) if several else np.full((2, 3), np.nan)
+        return np.mean(several, axis=0) if several else np.full((2, 5), np.nan)
     size, tokens = parse_model(student)
     budgets = [model_name(size, round(n * tokens)) for n in TIMES]
     alone = np.array([[mean_of(found[model, s, None, 0.0]) for s in seeds] for model in budgets])
     own = np.array([[mean_of([m for t2, s2, teacher_seed in teacher_seeds if (t, s) == (t2, s2)
                               for m in found[t, teacher_seed, None, 0.0]]) for s in seeds] for t in teachers])
     taught = np.array([[[mean_of(found[student, s, t, a]) for s in seeds] for a in alphas] for t in teachers])
-    gain = (taught - alone[1]) * [-1, -1, 1]                 # (T, A, S, halves, measures): loss down, task up
 
-    # alpha is chosen on the select halves, among those with most seeds; all else is of the report halves
-    pick = []
-    for by_alpha in gain[..., SELECT, OUT]:                  # (A, S)
-        mean, n = np.array([interval(x) for x in by_alpha]).T[[0, 2]]
-        pick.append(np.where(n == n.max(), mean, -np.inf).argmax())
+    weakness = own[:, :, REPORT, IN] - alone[1, :, REPORT, IN]               # (T, S)
+    order = np.argsort([-interval(x)[0] for x in weakness])
+    teachers, weakness, own, taught = [teachers[i] for i in order], weakness[order], own[order], taught[order]
+    gain = (taught - alone[1]) * [-1, -1, -1, -1, 1]         # (T, A, S, halves, 5): loss down, accuracy up
+
+    # alpha is chosen on the select halves; all else is of the report halves
+    every = np.arange(len(teachers))
+    pick, pick_calibrated = best_alpha(gain[..., SELECT, OUT]), best_alpha(gain[..., SELECT, CALIBRATED_OUT])
+    select_calibrated = gain[every, pick_calibrated, :, SELECT, CALIBRATED_OUT]              # (T, S)
     alone, own, taught, gain = (x[..., REPORT, :] for x in (alone, own, taught, gain))
-    weakness = np.array([interval(x)[0] for x in own[..., IN] - alone[1, :, IN]])
-
-    # effective robustness (Taori et al., arXiv 2007.00644): how far below the student alone's curve of loss
-    # outside against loss in domain; nan where it lies beyond the curve's ends at any seed: no extrapolation
-    x, y, inside = alone[..., IN], alone[..., OUT], taught[..., IN]
-    beyond = ((inside < x.min(0)) | (inside > x.max(0))).any(-1, keepdims=True)
-    robustness = np.where(beyond, np.nan, parabola(x, y, inside) - taught[..., OUT])         # (T, A, S)
+    robustness, robustness_calibrated = (
+        effective_robustness((alone[..., i], alone[..., o]), (taught[..., i], taught[..., o]))
+        for i, o in ((IN, OUT), (CALIBRATED_IN, CALIBRATED_OUT)))            # (T, A, S) each
 
     # the compute of the teacher's forward passes as more tokens for the student alone, at most twice its own
     more = {row["teacher"]: 1 + row["teacher_flops"] / row["flops"] for row in taught_rows}
-    times = np.array([[min(more[t], TIMES[-1])] for t in teachers])
+    times, y = np.array([[min(more[t], TIMES[-1])] for t in teachers]), alone[..., OUT]
     same_compute = y[1] - parabola(np.log(TIMES), y, np.log(times))          # (T, S)
 
-    order = np.argsort(-weakness)
-    pick = [(i, pick[i]) for i in order]
+    sets = {frozenset(row["teacher_seed"] for row in taught_rows if row["seed"] == s) for s in seeds}
     return SimpleNamespace(
-        student=student, teachers=[teachers[i] for i in order], alphas=alphas, seeds=seeds, alone=alone,
-        own=own[order, :, IN], weakness=weakness[order], taught=taught[order], gain=gain[order],
-        best_alpha=[alphas[a] for _, a in pick], best=np.array([gain[cell] for cell in pick]),
-        robustness=robustness[order], best_robustness=np.array([robustness[cell] for cell in pick]),
-        same_compute=same_compute[order],
-        counts=np.array([parse_model(teachers[i])[1] > CONTROL_TOKENS for i in order]))
+        student=student, teachers=teachers, alphas=alphas, seeds=seeds, alone=alone, own=own[..., IN],
+        weakness=np.array([interval(x)[0] for x in weakness]), taught=taught, gain=gain,
+        best_alpha=[alphas[a] for a in pick], best=gain[every, pick],
+        best_alpha_calibrated=[alphas[a] for a in pick_calibrated], select_calibrated=select_calibrated,
+        best_calibrated=gain[every, pick_calibrated, :, CALIBRATED_OUT],
+        robustness=robustness, best_robustness=robustness[every, pick],
+        robustness_calibrated=robustness_calibrated,
+        best_robustness_calibrated=robustness_calibrated[every, pick_calibrated], same_compute=same_compute,
+        own_teachers=len(sets) == len(seeds),                # every seed has its own
+        network=np.array([not SIZES[parse_model(t)[0]].get("counts") for t in teachers]))
 
 
 def weak_teacher_helps(s):
-    """Rule 1: of teachers worse in domain than the student alone, the mean gain outside lies above zero."""
-    weak = s.counts & (s.weakness > 0)
+    """Rule 1: of networks worse in domain than the student alone, the mean gain outside lies above zero."""
+    weak = s.network & (s.weakness > 0)
     if not weak.any():
-        return "not tested", "No teacher is weaker than the student alone."
+        return "not tested", "No network is weaker than the student alone."
     gain, pure = mean_over(s.best[weak, :, OUT]), mean_over(s.gain[weak, -1, :, OUT])
     each = ", ".join(f"{s.teachers[i]} {show(s.best[i, :, OUT])}" for i in np.flatnonzero(weak))
     return judge(gain), (f"Weak teachers bring {show(gain)} outside ({each}); at alpha {s.alphas[-1]:g} they "
@@ -412,7 +428,7 @@ def teachers_by_size(s):
     sizes, tokens = zip(*map(parse_model, s.teachers))
     path, most = [], max(tokens)
     for i in sorted(range(len(sizes)), key=lambda i: list(SIZES).index(sizes[i])):
-        if s.counts[i] and tokens[i] == most and not any((s.own[i] >= s.own[j]).any() for j in path):
+        if s.network[i] and tokens[i] == most and not any((s.own[i] >= s.own[j]).any() for j in path):
             path.append(i)
     return path
 
@@ -432,21 +448,41 @@ def stronger_teacher_saturates(s):
 
 
 def generalisation_first(s):
-    """Rule 3: the mean effective robustness of all cells within the student's own curve lies above zero."""
-    def mean_of(robustness):
-        return mean_over(robustness.reshape(-1, len(s.seeds)))
-    weak, strong = (mean_of(s.robustness[s.counts & kind]) for kind in (s.weakness > 0, s.weakness <= 0))
-    everything, chosen = mean_of(s.robustness[s.counts]), mean_of(s.best_robustness[s.counts])
-    within = ~np.isnan(s.robustness[s.counts]).all(-1)       # (T, A)
+    """Rule 3: the mean effective robustness of networks' cells within the curve's span lies above zero."""
+    def mean_of(kind, robustness=s.robustness):
+        return mean_over(robustness[kind].reshape(-1, len(s.seeds)))
+    everything, weak, strong, tables = (mean_of(kind) for kind in (
+        s.network, s.network & (s.weakness > 0), s.network & (s.weakness <= 0), ~s.network))
+    calibrated, calibrated_tables = (
+        mean_of(kind, s.robustness_calibrated) for kind in (s.network, ~s.network))
+    within = ~np.isnan(s.robustness[s.network]).all(-1)      # (T, A)
     return judge(everything), (
-        f"Effective robustness of {within.sum()} of {within.size} cells {show(everything)}; at the chosen "
-        f"alphas {show(chosen)}; from weak teachers {show(weak)}; from strong ones {show(strong)}; "
-        f"weak minus strong {show(weak - strong)}.")
+        f"Effective robustness of {within.sum()} of {within.size} cells {show(everything)}; from weak "
+        f"teachers {show(weak)}, from strong ones {show(strong)}, weak minus strong {show(weak - strong)}; "
+        f"from tables that count {show(tables)}. Calibrated: from networks {show(calibrated)}, from tables "
+        f"{show(calibrated_tables)}.")
+
+
+def more_than_smoothing(s):
+    """Rule 4: calibrated, weak networks' mean gain outside lies above zero and above the best table's."""
+    weak, tables = s.network & (s.weakness > 0), np.flatnonzero(~s.network)
+    if not weak.any() or not len(tables):
+        return "not tested", "It takes a weak network and a table that counts."
+    best = tables[np.argmax([interval(x)[0] for x in s.select_calibrated[tables]])]
+    gain, table = mean_over(s.best_calibrated[weak]), s.best_calibrated[best]
+    verdicts = {judge(gain), judge(gain - table)}            # the worse of the two
+    verdict = next(word for word in ("not tested", "not seen, too few seeds", "seen, too few seeds",
+                                     "not reproduced", "undecided", "reproduced") if word in verdicts)
+    raw = show(mean_over(s.best[weak, :, OUT]))
+    return verdict, (f"Calibrated, weak teachers bring {show(gain)} outside (as it is {raw}), the best table "
+                     f"({s.teachers[best]} at alpha {s.best_alpha_calibrated[best]:g}) {show(table)} "
+                     f"(as it is {show(s.best[best, :, OUT])}), a difference of {show(gain - table)}.")
 
 
 FINDINGS = {"A weak teacher helps": weak_teacher_helps,
             "A stronger teacher saturates or reverses the gain": stronger_teacher_saturates,
-            "Generalisation comes first": generalisation_first}
+            "Generalisation comes first": generalisation_first,
+            "A weak teacher gives more than smoothing": more_than_smoothing}
 
 
 def write_report(rows, out):
@@ -455,29 +491,33 @@ def write_report(rows, out):
         raise UserError(f"{out} has no results.jsonl with results")
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (f"{len(rows)} models, {minutes:.0f} minutes of one worker, corpus {rows[0]['corpus']}; made from "
-            "results.jsonl by `python sweep.py --report`. ± is a 95 % t-interval over seeds of the student, "
-            "given these teachers; alpha is chosen on select halves, figures are of the report halves.\n")
+            "results.jsonl by `python sweep.py --report`. Gains are nats per token less than the student "
+            "alone of the same seed. Alpha is chosen on the select halves, figures are of the report halves.\n")
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
-        text += f"\n## Student {student}, seeds {', '.join(map(str, s.seeds))}\n\n"
+        covers = "each with its own teachers" if s.own_teachers else "given these teachers"
+        text += (f"\n## Student {student}, seeds {', '.join(map(str, s.seeds))}\n\n"
+                 f"± is a 95 % t-interval over seeds, {covers}.\n\n")
         for i, (claim, rule) in enumerate(FINDINGS.items(), 1):
             verdict, seen = rule(s)
             text += f"{i}. **{claim}: {verdict}.** {seen}\n"
-        inside, outside = (interval(s.alone[1, :, where])[0] for where in (IN, OUT))
-        text += (f"\nAlone it reaches {inside:.3f} in domain and {outside:.3f} outside. Weakness is a "
-                 "teacher's own loss in domain minus that of the student alone.\n\n")
-        text += ("| teacher | weakness | best alpha | gain in domain | gain outside | effective robustness | "
-                 f"outside at alpha {s.alphas[-1]:g} | same compute, no teacher | task, points |\n")
-        text += "|---" * 9 + "|\n"
-        for i, t in enumerate(s.teachers):
-            figures = (s.best[i, :, IN], s.best[i, :, OUT], s.best_robustness[i], s.gain[i, -1, :, OUT],
-                       s.same_compute[i], s.best[i, :, TASK])
-            name = t if s.counts[i] else f"{t} (control)"
-            figures = " | ".join(map(show, figures))
-            text += f"| {name} | {s.weakness[i]:+.3f} | {s.best_alpha[i]:g} | {figures} |\n"
+        inside, outside, task = (interval(s.alone[1, :, where])[0] for where in (IN, OUT, TASK))
+        text += (f"\nAlone it reaches {inside:.3f} nats in domain, {outside:.3f} outside"
+                 f"{f', {task:.1f} % in the task' if task > 0 else ''}. A teacher whose own loss in domain "
+                 "is worse is weak. Calibrated columns are at the alpha that is best calibrated.\n\n")
+        columns = ("teacher", "worse in domain", "best alpha", "gain in domain", "gain outside",
+                   "outside, calibrated", "effective robustness", "the same, calibrated",
+                   f"outside at alpha {s.alphas[-1]:g}", "same compute as tokens", "task, points")
+        text += f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
+        for i, teacher in enumerate(s.teachers):
+            gains = (s.best[i, :, IN], s.best[i, :, OUT], s.best_calibrated[i], s.best_robustness[i],
+                     s.best_robustness_calibrated[i], s.gain[i, -1, :, OUT], s.same_compute[i],
+                     s.best[i, :, TASK])
+            text += (f"| {teacher} | {s.weakness[i]:+.3f} | {s.best_alpha[i]:g} | "
+                     f"{' | '.join(map(show, gains))} |\n")
         try:
             draw(s, f"{out}/findings_{student}.png")
-            text += f"\n![the three findings](findings_{student}.png)\n"
+            text += f"\n![the findings](findings_{student}.png)\n"
         except ImportError:
             text += "\nFor the figure: pip install matplotlib\n"
     Path(out, "report.md").write_text(text, encoding="utf-8")
@@ -485,45 +525,47 @@ def write_report(rows, out):
 
 
 def draw(s, path):
-    """The three findings as three panels; readable in grey. Raises ImportError without matplotlib."""
+    """The four findings as four panels; readable in grey. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(15, 4.8), layout="constrained")
-    axes = left, middle, right = figure.subplots(1, 3)
-    networks, by_size = np.flatnonzero(s.counts), teachers_by_size(s)
+    figure = Figure(figsize=(9, 8.6), layout="constrained")
+    (first, second), (third, fourth) = figure.subplots(2, 2)
+    every = np.arange(len(s.teachers))
 
-    def line(axis, teachers, gains, **style):                # gains (T, S)
-        means, halves, n = np.array([interval(gains[i]) for i in teachers]).T
-        axis.errorbar(s.weakness[teachers], means, halves if n.min() > 2 else None, capsize=3, **style)
+    def line(axis, gains, shift=0.0, **style):               # gains (T, S), a point a teacher
+        means, halves, n = np.array([interval(x) for x in gains]).T
+        axis.errorbar(every + shift, means, halves if n.min() > 2 else None, capsize=2, markersize=4, **style)
     for a, alpha in enumerate(s.alphas):
-        line(left, networks, s.gain[:, a, :, OUT], label=f"alpha {alpha:g}", marker="os^Dv"[a % 5],
-             color=str(0.7 - 0.7 * a / len(s.alphas)), ls=("-", "--", ":")[a % 3])
-    line(middle, networks, s.best[..., OUT], label="at its best alpha", marker="o", color="0.5", ls="none")
-    line(middle, by_size, s.best[..., OUT], label="along size", marker="s", color="black")
-    line(middle, networks, s.same_compute, label="same compute, no teacher", marker="x", color="0.7", ls="")
-    for i in networks:
-        middle.annotate(s.teachers[i], (s.weakness[i], interval(s.best[i, :, OUT])[0]), fontsize=8,
-                        textcoords="offset points", xytext=(4, -12 if i % 2 else 6))
-    middle.margins(x=0.15)                                   # room for the names
-    for axis in (left, middle):
+        line(first, s.gain[:, a, :, OUT], label=f"alpha {alpha:g}", marker="os^D"[a % 4], lw=1,
+             color=str(0.7 - 0.7 * a / len(s.alphas)), ls=("-", "--", "-.", ":")[a % 4])
+    line(second, s.best[..., OUT], -0.1, label="at its best alpha", marker="o", color="black", ls="none")
+    line(second, s.same_compute, 0.1, label="same compute as tokens", marker="x", color="0.6", ls="none")
+    line(fourth, s.best[..., OUT], -0.1, label="as it is", marker="o", color="0.6", ls="none")
+    line(fourth, s.best_calibrated, 0.1, label="calibrated", marker="s", color="black", mfc="w", ls="none")
+    names = [f"{t.replace('@', chr(10) + '@')}\n{w:+.2f}" for t, w in zip(s.teachers, s.weakness)]
+    for axis in (first, second, fourth):
         axis.axhline(0, color="0.6", lw=0.8)
-        axis.axvline(0, color="0.6", lw=0.8)
-        axis.invert_xaxis()                                  # weak teachers on the left
-        axis.set(xlabel="teacher's loss in domain minus the student's alone (nats)",
-                 ylabel="gain outside (nats/token)")
+        axis.axvline((s.weakness > 0).sum() - 0.5, color="0.6", lw=0.8, ls=":")      # weak | strong
+        for i in np.flatnonzero(~s.network):                 # tables that count
+            axis.axvspan(i - 0.5, i + 0.5, color="0.93", zorder=0)
+        axis.set_xticks(every, names, fontsize=7)
+        axis.set_xlim(-0.6, len(every) - 0.4)
+        axis.set_ylabel("gain outside, nats per token")
     x, y = np.nanmean(s.alone[..., IN], 1), np.nanmean(s.alone[..., OUT], 1)
     curve = np.linspace(x.min(), x.max(), 50)
-    right.plot(curve, parabola(x, y, curve), color="black")
-    right.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
-    for kind, label, fill in ((s.weakness > 0, "weak teachers", "none"), (s.weakness <= 0, "strong", "full")):
-        within = (s.counts & kind)[:, None] & ~np.isnan(s.robustness).all(-1)            # (T, A)
-        cells = np.nanmean(s.taught[within][..., :TASK], axis=1)             # (cells, 2)
-        right.plot(cells[:, IN], cells[:, OUT], "o", color="0.4", fillstyle=fill, label=f"from {label}")
-    right.set(xlabel="loss in domain (nats/token)", ylabel="loss outside (nats/token)")
-    for axis, (claim, rule) in zip(axes, FINDINGS.items()):
-        axis.set_title(f"{claim}:\n{rule(s)[0]}", fontsize=11)
+    third.plot(curve, parabola(x, y, curve), color="black", lw=1)
+    third.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
+    for kind, label, marker in ((s.network & (s.weakness > 0), "from weak networks", "o"),
+                                (s.network & (s.weakness <= 0), "from strong ones", "^"),
+                                (~s.network, "from tables that count", "x")):
+        within = kind[:, None] & ~np.isnan(s.robustness).all(-1)             # (T, A)
+        cells = np.nanmean(s.taught[within][..., :TASK], axis=1)             # (cells, 4)
+        third.plot(cells[:, IN], cells[:, OUT], marker, color="0.4", mfc="white", label=label)
+    third.set(xlabel="loss in domain, nats per token", ylabel="loss outside, nats per token")
+    for axis, (claim, rule) in zip((first, second, third, fourth), FINDINGS.items()):
+        axis.set_title(f"{claim}:\n{rule(s)[0]}", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8)
-    figure.suptitle(f"Student {s.student}, {len(s.seeds)} seeds")
+        axis.tick_params(labelsize=7)
+        axis.legend(fontsize=7)
     figure.savefig(path, dpi=100)
 
 
@@ -533,10 +575,8 @@ def main():
     """Evaluate the checkpoints of the command line and print what it asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of distill.py")
-    parser.add_argument("--teacher", metavar="CKPT", help="with two checkpoints, a baseline and a student: "
-                        "which tokens gain, and whether this teacher knew them")
-    parser.add_argument("--items", metavar="FILE", help="score these items instead, JSON lines in HellaSwag's"
-                        ' form or with "context", "choices", "label"')
+    parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="which tokens gain, and "
+                        "whether the teacher knew them: of students among the checkpoints, on those alone")
     parser.add_argument("--json", action="store_true", help="print what evaluate() returns, for programs")
     parser.add_argument("--sample", metavar="TEXT", help="print what each checkpoint writes after this")
     parser.add_argument("--data", default="data/python", help="folder of data.py (default: data/python)")
@@ -545,32 +585,20 @@ def main():
     args = parser.parse_args()
     if args.windows < 1:
         parser.error("--windows must be at least 1")
-    if args.teacher and len(args.checkpoints) != 2:
-        parser.error("--teacher needs two checkpoints, a baseline and a student")
     device, encoding = pick_device(args.device)[0], load_tokenizer(args.data)
     tokenizer = load_meta(args.data)["tokenizer"]
-    items = read_items(args.items) if args.items else []
     models = [load_checkpoint(path, device, tokenizer) for path in args.checkpoints]
-    teacher = load_checkpoint(args.teacher, device, tokenizer)[0] if args.teacher else None
-    sizes = {model.config.block_size for model, _ in models}
-    if not args.json and (len(sizes) > 1 or teacher and teacher.config.block_size < max(sizes)):
+    teachers = [load_checkpoint(path, device, tokenizer) for path in args.teacher]
+    if not args.json and len({model.config.block_size for model, _ in models + teachers}) > 1:
         raise UserError("these models have contexts of different lengths: evaluate one at a time, or --json")
-    if teacher:
-        for where, x in token_gains(models[0][0], models[1][0], teacher, args.data, args.windows).items():
-            print(f"\n{where}: the student gains {x['gain']:+.4f} nats per token on the baseline")
-            print(f"{'right (argmax)':24} {'share':>7} {'mean gain':>10} {'share x gain':>13}")
-            for name, (share, gain) in x["groups"].items():
-                print(f"{name:24} {share:7.1%} {gain:+10.4f} {share * gain:+13.4f}")
+    if teachers:
+        print_token_gains(models, teachers, args.data, args.windows)
     elif args.json:
         print(json.dumps({path: evaluate(model, args.data, args.windows)
                           for path, (model, _) in zip(args.checkpoints, models)}, indent=1))
-    elif not args.items and args.sample is None:
+    elif args.sample is None:
         print_table(args.checkpoints, models, args.data, args.windows)
     for path, (model, _) in zip(args.checkpoints, models):
-        if items:
-            right, accuracy = np.mean(score_items(model, encoding, items), axis=0)
-            print(f"{path}: {len(items)} items, probability of the right choice {right:.4f}, accuracy "
-                  f"{accuracy:.4f}")
         if args.sample is not None:
             torch.manual_seed(1)
             idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)

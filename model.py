@@ -1,5 +1,6 @@
 """
-A Llama-style GPT, its checkpoint, and its way out to transformers. Teacher and student are one class.
+A Llama-style GPT, its checkpoint, and its way out to transformers. Teacher and student are one class; beside
+it stands Table, the weakest of teachers, which only counts.
 
     python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and what reads its folders
 
@@ -31,6 +32,7 @@ class GPTConfig:
     rope_theta: float = 500_000.0
     tie_embeddings: bool = True      # True: the head is the embedding matrix
     ffn_ratio: float = 8 / 3         # inner width of the SwiGLU over n_embd; Llama 3 8B has 3.5
+    counts: int = 0                  # 1, 2: no network but a Table of unigram or bigram counts
 
     @property
     def n_inner(self):
@@ -39,6 +41,8 @@ class GPTConfig:
 
 
 SIZES = {
+    "unigram": dict(counts=1),
+    "bigram": dict(counts=2),
     # laptop, at a vocabulary of 512: minutes on two CPU cores; 0.04, 0.13, 0.34 and 0.77 million parameters
     "xs": dict(n_layer=2, n_head=2, n_kv_head=1, n_embd=32),
     "s": dict(n_layer=2, n_head=4, n_kv_head=1, n_embd=64),
@@ -174,11 +178,44 @@ class GPT(nn.Module):
         return idx
 
 
+class Table(nn.Module):
+    """Token ids (B, T) -> logits (B, T, V): log-probabilities looked up by the last token, counted once."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.register_buffer("log_probs", torch.zeros(config.vocab_size, config.vocab_size))
+
+    def count(self, tokens):
+        """
+        Count the ids (N,). Unigram: counts + 1/2. Bigram, by Witten and Bell (1991): of a last token that
+        came n times, with u different followers, the bigram's share has the weight n / (n + u), the unigram's
+        the rest.
+        """
+        V, tokens = self.config.vocab_size, torch.as_tensor(tokens, dtype=torch.int64)
+        unigram = tokens.bincount(minlength=V).double() + 0.5
+        probs = (unigram / unigram.sum()).expand(V, V)
+        if self.config.counts == 2:
+            pairs = (tokens[:-1] * V + tokens[1:]).bincount(minlength=V * V).view(V, V)
+            n, u = pairs.sum(1, keepdim=True), (pairs > 0).sum(1, keepdim=True).clamp(min=1)     # (V, 1)
+            probs = (pairs + u * probs) / (n + u)
+        self.log_probs.copy_(probs.log())
+
+    def forward(self, idx):
+        """Ids (B, T) -> log-probabilities of the next id (B, T, V)."""
+        return self.log_probs[idx]
+
+    generate = GPT.generate
+
+
 def flops_per_token(config, backward=False):
     """
     FLOPs a token at full context: 2 for each weight of a matrix product and 4 T C a layer for attention, the
-    causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); three times that with the backward pass.
+    causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); three times that with the backward pass; a
+    table costs none.
     """
+    if config.counts:
+        return 0
     C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
     weights = config.n_layer * (2 * C * C + 2 * C * kv + 3 * C * config.n_inner) + config.vocab_size * C
     forward = 2 * weights + 4 * config.n_layer * config.block_size * C
@@ -249,7 +286,8 @@ def load_checkpoint(path, device="cpu", tokenizer=None):
     """-> (model in eval mode, the extra values), made with this tokenizer of meta.json. Raises OSError."""
     saved = load_file(path)
     try:
-        model = GPT(GPTConfig(**saved.pop("config")))
+        config = GPTConfig(**saved.pop("config"))
+        model = Table(config) if config.counts else GPT(config)
         model.load_state_dict(saved.pop("model"))
     except Exception:                                        # state.pt, or a checkpoint of another project
         raise OSError(f"{path} is not a checkpoint of distill.py") from None
@@ -268,6 +306,8 @@ def to_hf(path, folder, data_dir):
         raise UserError(f"{folder} is a file, not a folder")
     meta, encoding = load_meta(data_dir), load_tokenizer(data_dir)
     model, _ = load_checkpoint(path, tokenizer=meta["tokenizer"])
+    if model.config.counts:
+        raise UserError(f"{path} is a table of counts, which no other library reads")
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         from transformers.convert_slow_tokenizer import TikTokenConverter

@@ -43,15 +43,17 @@ class Scale:
     corpus: str = "python"           # of data.py, in the folder data/CORPUS
     training: dict = field(default_factory=dict)       # what differs from Config's defaults
     windows: int = 256               # evaluated in each half of a set
+    items: int = 500                 # evaluated in each half of a task
 
 
 SCALES = {
-    "smoke": Scale("s@32K", "xs@8K xs@64K s@64K m@64K", (0.25, 1.0), windows=16, training={"compile": False}),
-    "laptop": Scale("s@1.5M", "xs@2M s@1M xs@8M s@8M m@8M"),
-    "full": Scale("s@1.5M", "xs@1K xs@1M xs@2M s@1M xs@8M s@2M s@8M m@8M l@8M", seeds=tuple(range(11, 19)),
-                  teacher_sets=2),   # xs@1K is a control: one step of training, a teacher that knows nothing
-    "gpu": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", (0.25, 0.5, 1.0), (1, 2, 3), 1, 50_304,
-                 "fineweb-edu", dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
+    "smoke": Scale("s@32K", "bigram@64K xs@8K xs@64K s@64K m@64K", (0.25, 1.0), windows=16, items=32,
+                   training={"compile": False}),
+    "laptop": Scale("s@1.5M", "bigram@8M xs@2M xs@8M s@8M m@8M", (0.1, 0.25, 1.0)),
+    "full": Scale("s@1.5M", "unigram@8M bigram@8M xs@1M xs@2M s@1M xs@8M s@8M m@8M l@8M",
+                  (0.1, 0.25, 0.5, 1.0), tuple(range(21, 29)), teacher_sets=8),        # each seed has its own
+    "gpu": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", vocab_size=50_304,
+                 corpus="fineweb-edu", training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
     "paper": Scale("1.7B@50B", " ".join(f"{size}@{n}B" for size in ("0.7B", "1.7B", "3.8B", "8B")
                                         for n in (10, 30, 50, 80, 100, 300)),
                    (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256, corpus="fineweb-edu",
@@ -122,8 +124,9 @@ def train_and_evaluate(run, scale, data, out, device):
     student_flops, teacher_flops = run.flops(scale)
     for key, path in zip(run.keys, train(config, show_progress=False)):
         model, _ = load_checkpoint(path, device)
+        metrics = evaluate(model, data, scale.windows, scale.items)
         rows.append({**dict(zip(KEYS, key)), "corpus": corpus, "flops": student_flops,
-                     "teacher_flops": teacher_flops, "metrics": evaluate(model, data, scale.windows)})
+                     "teacher_flops": teacher_flops, "metrics": metrics})
     return [{**row, "seconds": round((time.time() - start) / len(rows), 1)} for row in rows]
 
 

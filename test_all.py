@@ -45,13 +45,21 @@ def poem(verses, seed=0):
     return "\n\n".join(" ".join(draw.choice(words) for _ in range(300)) for _ in range(verses))
 
 
+def library():
+    """Some files of the standard library: (name, text)."""
+    return [(path.name, path.read_text("utf-8")) for path in sorted(Path(os.__file__).parent.glob("*.py"))]
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """A small text corpus: in domain some of Python's standard library, 'poem' something else."""
+    """A small text corpus: in domain some of Python's standard library, 'poem' something else; 'brackets'."""
     folder = tmp_path_factory.mktemp("corpus")
     sources = [f"{Path(os.__file__).parent}/{name}.py" for name in ("argparse", "ast", "tarfile", "typing")]
     (folder / "poem.txt").write_text(poem(40))
-    data.prepare("text", str(folder / "data"), 300, sources, {"poem": str(folder / "poem.txt")})
+    items = data.bracket_items([library()])
+    (folder / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    data.prepare("text", str(folder / "data"), 300, sources, {"poem": str(folder / "poem.txt")},
+                 tasks={"brackets": str(folder / "items.jsonl")})
     return str(folder / "data")
 
 
@@ -135,7 +143,42 @@ def test_forward_is_causal_and_generate_follows_it(monkeypatch):
     assert all((m.generate(idx, 1, 5.0, top_k=3)[:, -1:] == top).any(-1).all() for _ in range(20))
 
 
-@pytest.mark.parametrize("size", model.SIZES)
+def test_tables_equal_a_count_by_hand(corpus, tmp_path, monkeypatch, capsys):
+    tokens = data.load_tokens(f"{corpus}/train.bin")[:9000].tolist()
+    count, pairs = Counter(tokens), Counter(zip(tokens, tokens[1:]))
+    unigram = [(count[i] + 0.5) / (9000 + 150) for i in range(300)]
+    for size, by_hand in (("unigram", lambda last, i: unigram[i]), ("bigram", None)):
+        path, = distill.train(config(corpus, tmp_path / size, size=size, tokens=9000))
+        table, extra = model.load_checkpoint(path)
+        assert isinstance(table, model.Table) and extra["settings"]["size"] == size
+        probs = table(torch.arange(300)[None])[0].exp().double()             # (last token, next token)
+        assert torch.allclose(probs.sum(-1), torch.ones(300).double(), atol=1e-5) and (probs > 0).all()
+        for last in range(300):
+            n = sum(pairs[last, j] for j in range(300))
+            share = n / (n + sum((last, j) in pairs for j in range(300))) if n else 0
+            for i in range(0, 300, 7):
+                bigram = share * pairs[last, i] / n + (1 - share) * unigram[i] if n else unigram[i]
+                assert abs(probs[last, i] - (bigram if size == "bigram" else unigram[i])) < 1e-6
+        before = os.stat(path).st_mtime_ns
+        assert distill.train(config(corpus, tmp_path / size, size=size, tokens=9000)) == [path]
+        assert os.stat(path).st_mtime_ns == before
+    student, = distill.train(config(corpus, tmp_path / "taught", teacher=path, alpha=(1.0,), compile=True))
+    losses = [json.loads(line)["kl"][0] for line in open(tmp_path / "taught" / "log.jsonl")]
+    assert losses[-1] < losses[0] / 2                         # it learns what the table says
+    code, out, err = call(evaluation.main, [path, student, "--data", corpus], monkeypatch, capsys)
+    assert code == 0 and "[0] " in out and "bigram, 9,000 tokens" in out and "alpha 1 from bigram" in out, err
+    code, out, err = call(evaluation.main, [path, "--data", corpus, "--sample", "def "], monkeypatch, capsys)
+    assert code == 0 and out.count("def "), err
+    argv = ["--to_hf", path, tmp_path / "hf", "--data", corpus]
+    code, out, err = call(model.main, argv, monkeypatch, capsys)
+    assert code == 2 and "is a table of counts" in err[0] and not (tmp_path / "hf").exists()
+    monkeypatch.setattr(distill, "SMALL_VOCAB", 299)
+    with pytest.raises(data.UserError, match="vocabulary of at most 299, not 300"):
+        distill.train(config(corpus, tmp_path / "large", size="bigram"))
+    assert not (tmp_path / "large").exists()
+
+
+@pytest.mark.parametrize("size", [size for size in model.SIZES if "gram" not in size])
 def test_parameters_and_flops(size):
     from torch.utils.flop_counter import FlopCounterMode
     vocab_size, named = {"M": (50_304, 1e6), "B": (128_256, 1e9)}.get(size[-1], (512, None))
@@ -645,7 +688,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(corpus,
 def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
     m = tiny(vocab_size=300)
     metrics = evaluation.evaluate(m, corpus, windows=1000)
-    assert set(metrics) == {"in_domain", "ood/poem", "task/next_line", "task/accuracy"}
+    sets = ("in_domain", "ood/poem")
+    assert set(metrics) == {*sets, *(f"calibrated/{x}" for x in sets), *(f"temperature/{x}" for x in sets),
+                            "task/brackets", "accuracy/brackets"}
     for name, file in (("in_domain", "val"), ("ood/poem", "ood_poem")):
         tokens = torch.from_numpy(data.load_tokens(f"{corpus}/{file}.bin").astype(np.int64))
         n = (len(tokens) - 1) // 24
@@ -659,41 +704,93 @@ def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
     assert not torch.isin(rows["select"] @ torch.arange(25), rows["report"] @ torch.arange(25)).any()
 
 
+def test_calibrated_losses_are_those_of_the_best_temperature(corpus, tmp_path):
+    m, _ = model.load_checkpoint(*distill.train(config(corpus, tmp_path / "m", tokens=65536)))
+    found = evaluation.evaluate(m, corpus, 64, 4)
+    for name, path in evaluation.evaluation_sets(corpus).items():
+        halves = evaluation.read_windows(path, 32, 64)
+        with torch.no_grad():
+            z, y = ([part(halves[half]) for half in ("select", "report")] for part in (
+                lambda rows: m(rows[:, :-1]).flatten(0, 1).double(), lambda rows: rows[:, 1:].flatten()))
+        log_t = torch.zeros((), dtype=torch.double, requires_grad=True)      # found another way: by gradients
+        optimizer = torch.optim.LBFGS([log_t], max_iter=100)
+        def closure():
+            optimizer.zero_grad()
+            loss = F.cross_entropy(z[0] / log_t.exp(), y[0])
+            loss.backward()
+            return loss
+        optimizer.step(closure)
+        t = found[f"temperature/{name}"]["select"]
+        assert abs(t - log_t.exp().item()) < 0.0101 and 0.8 < t < 1.4
+        for half, (zs, ys) in zip(("select", "report"), zip(z, y)):
+            expected = F.cross_entropy(zs / t, ys).item()
+            assert abs(found[f"calibrated/{name}"][half] - expected) < 1e-5
+        assert found[f"calibrated/{name}"]["select"] <= found[name]["select"]
+    with torch.no_grad():
+        m.norm.weight *= 1.2                                  # and so the logits
+    scaled = evaluation.evaluate(m, corpus, 64, 4)
+    for name in evaluation.evaluation_sets(corpus):
+        assert abs(scaled[name]["report"] - found[name]["report"]) > 0.005
+        for half, close in (("select", 1e-4), ("report", 1e-3)):  # 1.2 t lies between two of the grid
+            assert abs(scaled[f"calibrated/{name}"][half] - found[f"calibrated/{name}"][half]) < close
+        ratio = scaled[f"temperature/{name}"]["select"] / found[f"temperature/{name}"]["select"]
+        assert abs(ratio - 1.2) < 0.025
+
+
 def test_items_are_what_they_say_and_untrained_models_at_chance(corpus):
-    items, text = evaluation.next_line(corpus), "\n".join(documents_of(corpus, "val"))
-    evaluation.next_line.cache_clear()
-    assert items == evaluation.next_line(corpus) and len(items) >= 100             # always the same
-    for item in items:
-        right = item["choices"][item["label"]]
-        assert item["context"] + right in text and len(set(item["choices"])) == 4
-        assert len({len(c) - len(c.lstrip()) for c in item["choices"]}) == 1       # one indentation
-        assert not any(c.strip() in item["context"] for c in item["choices"] if c != right)
+    sets = [library()[::2], library()[1::2]]
+    items = data.bracket_items(sets)
+    assert items == data.bracket_items(sets) and 300 < len(items) <= 2 * 2 * 2 * 63
+    files, middle = [set(), set()], len(items) // 2
+    texts = [(name, text) for documents in sets for name, text in documents]
+    per_file = Counter()
+    for k, item in enumerate(items):
+        context, (one, other), label = item["context"], item["choices"], item["label"]
+        whole = context + item["choices"][label]
+        found = [(name, text.index(whole)) for name, text in texts if whole in text]
+        files[k >= middle] |= {name for name, _ in found[:1] if len(found) == 1}
+        per_file.update((name, label) for name, _ in found[:1] if len(found) == 1)
+        starts = [at == 0 or dict(texts)[name][at - 1] == "\n" for name, at in found]
+        assert found and (any(starts) or len(context) == 280) and len(context) <= 280
+        assert context[-1].isalnum() and one[0] + other[0] == ")]" and one[1:] == other[1:] and len(one) <= 31
+        at, depth = len(context), 1                           # the bracket is open in the context, and near
+        while depth:
+            at -= 1
+            depth += (context[at] in ")]}") - (context[at] in "([{")
+        assert context[at] == "(["[label] and 8 <= len(context) - at <= 200
+    assert not files[0] & files[1] and max(per_file.values()) <= 6
+    for half in (items[:middle], items[middle:], data.evenly_spaced(items, 63)):   # as many of either
+        assert abs(sum(item["label"] for item in half) - len(half) / 2) <= 2
+    # of equal length in tokens, or the shorter choice would be the likelier: in data/python this evens out
     encoding, found = data.load_tokenizer(corpus), []
+    items = [item for item in items if len({len(encoding.encode(choice)) for choice in item["choices"]}) == 1]
     for seed in range(3):
         torch.manual_seed(seed)
         m = model.GPT(model.GPTConfig(300, 128, **model.SIZES["xs"])).eval()
-        found += evaluation.score_items(m, encoding, items)
+        scores = np.array(evaluation.score_items(m, encoding, items))
+        labels = np.array([item["label"] for item in items])
+        found.append(np.mean([scores[labels == label].mean(0) for label in (0, 1)], axis=0))
     right, accuracy = np.mean(found, axis=0)
-    assert abs(right - 0.25) < 0.01 and abs(accuracy - 0.25) < 3 * math.sqrt(0.19 / len(found))
+    assert abs(right - 0.5) < 0.01 and abs(accuracy - 0.5) < 3 * math.sqrt(0.25 / 3 / len(items))
 
 
 def test_scores_are_sums_of_log_probabilities(corpus):
     """One choice at a time, without batches or padding, as the definition has it."""
     encoding, m = data.load_tokenizer(corpus), tiny(vocab_size=300)
-    items = evaluation.next_line(corpus)[:20] + [
+    items = data.read_items(f"{corpus}/task_brackets.jsonl")[:20] + [
         {"context": "x = 1\n" * 100 + "y", "choices": [" a", " long" * 90], "label": 0},  # over the context
         {"context": "x = ", "choices": ["y1", "z", "w"], "label": 1},
         {"context": "", "choices": ["y", "z1"], "label": 0}]
     for item, (right, accuracy) in zip(items, evaluation.score_items(m, encoding, items)):
-        per_character = []
+        sums, means = [], []
         for choice in item["choices"]:
             ids = encoding.encode_ordinary(choice)[:24]
             row = [encoding.eot_token, *encoding.encode_ordinary(item["context"]), *ids][-25:]
             logp = m(torch.tensor([row[:-1]]))[0].log_softmax(-1)
-            total = sum(logp[k - 1, row[k]].item() for k in range(len(row) - len(ids), len(row)))
-            per_character.append(total / len(encoding.decode(ids)))              # of what was scored
-        p = np.exp(per_character) / np.exp(per_character).sum()
-        assert abs(right - p[item["label"]]) < 1e-5 and accuracy == (p.argmax() == item["label"])
+            sums.append(sum(logp[k - 1, row[k]].item() for k in range(len(row) - len(ids), len(row))))
+            means.append(sums[-1] / len(encoding.decode(ids)))                   # of what was scored
+        p = np.exp(sums) / np.exp(sums).sum()
+        assert abs(right - p[item["label"]]) < 1e-5 and accuracy == (np.argmax(means) == item["label"])
 
 
 def test_token_groups_add_up(corpus, tmp_path):
@@ -715,26 +812,55 @@ def test_token_groups_add_up(corpus, tmp_path):
         assert abs(x["groups"]["teacher only"][1] - (np.mean(only) if only else 0)) < 1e-5
 
 
-def test_eval_prints_tables_items_and_samples(corpus, tmp_path, monkeypatch, capsys):
+def test_eval_prints_tables_and_samples(corpus, tmp_path, monkeypatch, capsys):
     teacher, = distill.train(config(corpus, tmp_path / "t"))
     paths = distill.train(config(corpus, tmp_path / "s", teacher=teacher, alpha=(0.0, 0.5)))
-    ours, theirs, items = tmp_path / "ours", tmp_path / "theirs", evaluation.next_line(corpus)[:10]
-    ours.write_text("".join(json.dumps(item) + "\n" for item in items))
-    theirs.write_text(json.dumps({"ctx": "A man", "endings": ["sits.", "flies."], "label": "1"}))
-    odd = {"context": "a\u2028b\x85", "choices": [" x", " y"], "label": "0"}
-    lines = [json.dumps(item, ensure_ascii=False) + "\n\n" for item in [*items, odd]]
-    ours.write_text("\ufeff\n" + "".join(lines), "utf-8")
-    assert evaluation.read_items(ours) == [*items, {**odd, "label": 0}] and evaluation.read_items(theirs) == [
-        {"context": "A man", "choices": [" sits.", " flies."], "label": 1}]
     wider, = distill.train(config(corpus, tmp_path / "wider", block_size=64))
     code, out, err = call(evaluation.main, [paths[0], wider, "--data", corpus], monkeypatch, capsys)
     assert code == 2 and "contexts of different lengths" in err[0]
-    for flags, expected in (([], "task/next_line"), (["--teacher", teacher], "teacher only"),
-                            (["--items", ours], "11 items"), (["--sample", "def "], "def ")):
+    for flags, expected in (([], "accuracy/brackets"), (["--teacher", teacher], "teacher only"),
+                            (["--sample", "def "], "def ")):
         code, out, err = call(evaluation.main, [*paths, "--data", corpus, *flags], monkeypatch, capsys)
         assert code == 0 and expected in out, (flags, err)
     out = call(evaluation.main, [*paths, "--data", corpus, "--json"], monkeypatch, capsys)[1]
     assert json.loads(out) == {p: evaluation.evaluate(model.load_checkpoint(p)[0], corpus) for p in paths}
+
+
+def test_token_gains_are_net_of_another_seeds(corpus, tmp_path, monkeypatch, capsys):
+    paths, teachers, loaded = [], [], {}
+    for seed in (1, 2):                                       # each student has its own teacher
+        teachers += distill.train(config(corpus, tmp_path / f"t{seed}", seed=7 + seed, tokens=16384))
+        paths += distill.train(config(corpus, tmp_path / f"alone{seed}", seed=seed))
+        paths += distill.train(config(corpus, tmp_path / f"taught{seed}", seed=seed, teacher=teachers[-1],
+                                      alpha=(0.5,)))
+    loaded = [model.load_checkpoint(path)[0] for path in (*paths, *teachers)]
+    gains = [evaluation.token_gains(base, other, teacher, corpus, 16)["out"]["groups"]["neither"][1]
+             for base, other, teacher in ((0, 1, 4), (2, 3, 5), (0, 2, 4), (2, 0, 5))
+             for base, other, teacher in [(loaded[base], loaded[other], loaded[teacher])]]
+    argv = [*paths[::-1], "--data", corpus, "--windows", 16, "--teacher", *teachers[::-1]]     # in any order
+    code, out, err = call(evaluation.main, argv, monkeypatch, capsys)
+    line, = (line for line in out.splitlines() if line.startswith("out        neither"))
+    show = evaluation.show
+    net = show(np.array(gains[:2]) - gains[2:])
+    assert line.endswith(f"{show(gains[:2]):18} {net}") and "2 students" in out
+
+
+def test_items_of_ones_own_are_a_task(tmp_path, monkeypatch, capsys):
+    theirs = {"ctx": "A man", "endings": ["sits.", "flies."], "label": "1"}
+    odd = {"context": "a\u2028b\x85", "choices": [" x", " y"], "label": "0"}
+    lines = [json.dumps(item, ensure_ascii=False) + "\n\n" for item in (theirs, odd, odd)]
+    (tmp_path / "own.jsonl").write_text("\ufeff\n" + "".join(lines), "utf-8")
+    (tmp_path / "a.txt").write_text(poem(200))
+    argv = ["--corpus", "text", "--train", tmp_path / "a.txt", "--vocab_size", 280,
+            "--out", tmp_path / "data", "--task", f"own={tmp_path / 'own.jsonl'}"]
+    code, out, err = call(data.main, argv, monkeypatch, capsys)
+    assert code == 0 and "task_own           3 items" in out, err
+    expected = [{"context": "A man", "choices": [" sits.", " flies."], "label": 1}, *[{**odd, "label": 0}] * 2]
+    assert data.read_items(tmp_path / "data" / "task_own.jsonl") == expected
+    metrics = evaluation.evaluate(tiny(vocab_size=280), str(tmp_path / "data"), 4)
+    assert set(metrics["task/own"]) == {"select", "report"} and metrics["accuracy/own"]["select"] in (0, 1)
+    (tmp_path / "own.jsonl").write_text(json.dumps(odd) + "\n" + json.dumps(theirs))
+    assert call(data.main, argv, monkeypatch, capsys)[0] == 2                    # another corpus
 
 
 # ---- eval.py: the findings ---------------------------------------------------
@@ -756,11 +882,13 @@ STUDENT = "s@8M"
 def made_up(cells, seeds=(1, 2, 3), noise=0.001, sets=1):
     """
     Rows in which the student alone has loss 2.5 in and 3.0 outside and moves along a line of slope 1. cells:
-    {(teacher, own loss): {alpha: (gain in, gain outside)}}; a seed adds noise to gains outside.
+    {(teacher, own loss): {alpha: (gain in, gain outside)}}, a third number: calibrated, if it differs; a seed
+    adds noise to gains outside.
     """
-    def row(model, seed, inside, outside, teacher=None, teacher_seed=None, alpha=0.0):
-        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1, "task/next_line": 0.5}
-        metrics = {name: {"select": value, "report": value} for name, value in metrics.items()}
+    def row(model, seed, inside, outside, teacher=None, teacher_seed=None, alpha=0.0, less=0.0):
+        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1}
+        metrics |= {f"calibrated/{name}": x + less * (name != "in_domain") for name, x in metrics.items()}
+        metrics = {name: {"select": x, "report": x} for name, x in {**metrics, "accuracy/c": 0.5}.items()}
         return dict(model=model, seed=seed, teacher=teacher, teacher_seed=teacher_seed, alpha=alpha,
                     corpus="c", flops=9.0, teacher_flops=4.5 * bool(teacher), seconds=1.0, metrics=metrics)
     rows = []
@@ -772,15 +900,16 @@ def made_up(cells, seeds=(1, 2, 3), noise=0.001, sets=1):
             teacher_seed = 1000 + s % sets
             mine = row(t, teacher_seed, own, own + 0.5)
             rows += [mine] if mine not in rows else []
-            for alpha, (inside, outside) in by_alpha.items():
+            for alpha, (inside, outside, *calibrated) in by_alpha.items():
+                less = outside - calibrated[0] if calibrated else 0.0
                 inside, outside = 2.5 + level - inside, 3.0 + level - outside - noise * (s - 2)
-                rows.append(row(STUDENT, s, inside, outside, t, teacher_seed, alpha))
+                rows.append(row(STUDENT, s, inside, outside, t, teacher_seed, alpha, less))
     return rows
 
 
 def verdicts(rows):
     s = evaluation.study(rows, STUDENT)
-    return [rule(s)[0] for rule in evaluation.FINDINGS.values()]
+    return [rule(s)[0] for rule in list(evaluation.FINDINGS.values())[:3]]
 
 
 PAPER = {("xs@32M", 2.9): {0.25: (-0.01, 0.04), 1.0: (-0.2, -0.1)},
@@ -813,8 +942,39 @@ def test_each_rule_on_rows_with_and_without_its_finding_and_in_between():
     assert verdicts(made_up(strong))[:2] == ["not tested", "not tested"]           # none is weaker; two sizes
     no_better = {**PAPER, ("l@32M", 2.3): {0.25: (0.0, 0.0), 1.0: (0.0, 0.9)}}     # larger, but no stronger
     assert verdicts(made_up(no_better))[1] == "reproduced, reverses"
-    nothing = {**PAPER, ("xs@1K", 6.0): {0.25: (-0.5, -0.9), 1.0: (-3.0, -3.0)}}
-    assert verdicts(made_up(nothing)) == verdicts(made_up(PAPER))               # a control counts in no rule
+    counts = {**PAPER, ("bigram@32M", 3.5): {0.25: (-0.5, -0.9), 1.0: (-3.0, -3.0)}}
+    assert verdicts(made_up(counts)) == verdicts(made_up(PAPER))                # a table counts in none
+
+
+def test_more_than_smoothing():
+    def verdict(weak, table, noise=0.001, table_noise=0.0, **more):
+        cells = {("bigram@32M", 3.5): {0.25: (-0.05, *table), 1.0: (-0.5, -0.5)},
+                 ("xs@32M", 2.9): {0.25: (-0.01, *weak), 1.0: (-0.2, -0.1)},
+                 ("s@32M", 2.4): {0.25: (0.03, 0.9), 1.0: (0.05, 0.9)}}           # strong: does not matter
+        rows = made_up(cells, noise=noise, **more)
+        for row in rows:
+            if row["teacher"] == "bigram@32M":
+                row["metrics"]["calibrated/ood/a"]["report"] += table_noise * (row["seed"] - 2)
+        s = evaluation.study(rows, STUDENT)
+        return evaluation.weak_teacher_helps(s)[0], evaluation.more_than_smoothing(s)[0]
+    assert verdict((0.04, 0.03), (0.02, 0.001)) == ("reproduced",) * 2
+    assert verdict((0.04, -0.01), (0.02, -0.02)) == ("reproduced", "not reproduced")    # raw, not calibrated
+    assert verdict((0.04, 0.01), (0.04, 0.02)) == ("reproduced", "not reproduced")      # the table gives more
+    assert verdict((0.04, 0.03), (0.02, 0.001), noise=0.1) == ("undecided",) * 2
+    assert verdict((0.04, 0.03), (0.02, 0.001), table_noise=0.1) == ("reproduced", "undecided")
+    assert verdict((0.04, 0.03), (0.02, 0.001), seeds=(1, 2)) == ("seen, too few seeds",) * 2
+    assert evaluation.more_than_smoothing(evaluation.study(made_up(PAPER), STUDENT))[0] == "not tested"
+    # each at its own alpha: calibrated, the network does best at 1; and the better table is chosen on select
+    cells = {("unigram@32M", 4.5): {0.25: (0.0, 0.0, 0.01), 1.0: (0.0, 0.0, 0.0)},
+             ("bigram@32M", 3.5): {0.25: (0.0, 0.0, 0.02), 1.0: (0.0, 0.0, -0.1)},
+             ("xs@32M", 2.9): {0.25: (0.0, 0.04, 0.03), 1.0: (0.0, 0.02, 0.035)}}
+    rows = made_up(cells, noise=0)
+    for row in rows:
+        if row["teacher"] == "bigram@32M":
+            row["metrics"]["calibrated/ood/a"]["report"] += 0.1
+    verdict, seen = evaluation.more_than_smoothing(evaluation.study(rows, STUDENT))
+    assert "bring +0.035 ± 0.000 outside (as it is +0.040" in seen
+    assert "bigram@32M at alpha 0.25) -0.030" in seen
 
 
 def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
@@ -840,6 +1000,7 @@ def test_robustness_is_the_distance_below_the_curve_and_never_extrapolated():
     seven = (8 * counted - s.robustness[3, 1]) / 7            # of eight cells one lies beyond the curve
     _, seen = evaluation.generalisation_first(s)
     assert f"Effective robustness of 7 of 8 cells {evaluation.show(seven)};" in seen
+    assert np.allclose(s.robustness_calibrated, s.robustness, equal_nan=True)
     x, y = np.random.default_rng(0).normal(size=(2, 3))
     assert np.isclose(evaluation.parabola(x, y, 0.3), np.polyval(np.polyfit(x, y, 2), 0.3))
     # 0.3 nats for a doubling of the tokens, and the rows say how many more the teacher's compute would buy
@@ -863,7 +1024,7 @@ def test_a_missing_or_an_odd_row_costs_no_more_than_its_seed(tmp_path):
         if row["seed"] in seeds:                              # how good a teacher is decides where it counts
             assert "not tested" not in verdicts(rows[:i] + rows[i + 1:])
     for row in rows:
-        row["metrics"].pop("task/next_line")
+        row["metrics"].pop("accuracy/c")
     text = evaluation.write_report(rows, str(tmp_path))
     assert "| none |" in text and "nan" not in text
 
@@ -904,6 +1065,8 @@ def test_names_of_models_that_differ_differ():
     assert one and one.isdisjoint(two)                        # other teachers, other folders
     twice = dataclasses.replace(sweep.SCALES["smoke"], teachers="xs@2M xs@2000K")
     assert len({r.name for r in sweep.plan(twice)}) == len(sweep.plan(twice)) == 3 * 4 + 1
+    assert evaluation.study(made_up(PAPER, sets=4), STUDENT).own_teachers
+    assert not evaluation.study(made_up(PAPER, sets=2), STUDENT).own_teachers
 
 
 # ---- sweep.py: the runs ------------------------------------------------------
@@ -918,10 +1081,10 @@ def test_a_smoke_sweep_killed_twice_equals_one_never_stopped(corpus, tmp_path, m
     whole = subprocess.run([*argv, tmp_path / "whole"], cwd=HERE, capture_output=True, text=True)
     assert whole.returncode == 0 and "A weak teacher helps" in whole.stdout, whole.stderr
     cells = [line for line in whole.stdout.splitlines() if " -> s@32K, seed 1: outside " in line]
-    assert [line.split()[0] for line in cells] == ["xs@8K", "xs@64K", "s@64K", "m@64K"]
+    assert [line.split()[0] for line in cells] == ["bigram@64K", "xs@8K", "xs@64K", "s@64K", "m@64K"]
     assert "100%" in whole.stderr and whole.stderr.count("%|") < 10            # no terminal: a line a minute
     rows, path, size = results(tmp_path / "whole"), tmp_path / "parts" / "results.jsonl", 0
-    assert len(rows) == 4 + 3 + 4 * 2 == len(set(rows))
+    assert len(rows) == 5 + 3 + 5 * 2 == len(set(rows))
     for _ in range(2):                                        # kill it when it has some more results
         process = subprocess.Popen([*argv, path.parent], cwd=HERE, stdout=subprocess.DEVNULL, stderr=-3)
         while process.poll() is None and (path.stat().st_size if path.exists() else 0) <= size:
@@ -1053,11 +1216,14 @@ BAD = [
     (distill.main, "--data data --learning_rate 1 --out new", "unrecognized arguments"),
     (evaluation.main, "absent.pt --data data", "no checkpoint at absent.pt"),
     (evaluation.main, "foreign/ckpt.pt --data data", "another tokenizer"),
-    *[(evaluation.main, f"run/ckpt.pt --data data --items {name}.jsonl", "1 is not an item") for name in (
+    *[(data.main, f"--corpus text --train other.txt --out new --task a={name}.jsonl", "1 is not an item")
+      for name in (
         "no_label", "long", "label_-1", "label_2", "label_1.9", "label_True", "label_x", "choices_0",
         "choices_1", "choices_2")],
-    (evaluation.main, "run/ckpt.pt --data data --items none.jsonl", "holds no items"),
-    (evaluation.main, "run/ckpt.pt --data data --teacher run/ckpt.pt", "two checkpoints"),
+    (data.main, "--corpus text --train other.txt --out new --task a=none.jsonl", "needs two items"),
+    (data.main, "--corpus text --train other.txt --out new --task none.jsonl", "--task takes NAME=FILE"),
+    (distill.main, "--data data --size bigram --teacher run/ckpt.pt --alpha 1 --out new", "takes no --tea"),
+    (evaluation.main, "run/ckpt.pt --data data --teacher run/ckpt.pt", "needs students with a teacher"),
     (model.main, "--to_hf absent.pt new --data data", "no checkpoint"),
     (model.main, "--to_hf run/ckpt.pt short.txt --data data", "is a file"),
     (model.main, "--to_hf run/ckpt.pt new --data other", "another tokenizer"),
@@ -1097,7 +1263,6 @@ def test_mutated_files_end_in_a_line_or_load_right(made, tmp_path, monkeypatch, 
             at, mutated = draw.randrange(len(whole)), bytearray(whole)
             mutated[at:at + 1] = (bytes([draw.randrange(256)]), b"", b"9", whole[at:at + 1] * 2)[n % 4]
             Path(path).write_bytes(mutated if n < 36 else whole[:at])
-            evaluation.next_line.cache_clear()
             code, out, err = call(main, argv, monkeypatch, capsys)
             assert code == 0 or code == 2 and len(err) == 1 and err[0].startswith("error: "), (path, err)
             refused += code == 2
@@ -1122,8 +1287,8 @@ def test_names_of_files_and_terminals_that_lack_a_letter(made, tmp_path):
 def test_eval_without_sets_outside_and_with_a_loss_that_has_no_perplexity(made, monkeypatch, capsys):
     monkeypatch.chdir(made)
     argv = ["foreign/ckpt.pt", "foreign/ckpt.pt", "--data", "other"]
-    code, out, err = call(evaluation.main, [*argv, "--teacher", "foreign/ckpt.pt"], monkeypatch, capsys)
-    assert code == 0 and "in_domain: the student gains +0.0000" in out and "\nout" not in out
+    models = [model.load_checkpoint("foreign/ckpt.pt")[0]] * 3
+    assert list(evaluation.token_gains(*models, "other", 16)) == ["in_domain"]
     huge = {"in_domain": {"select": 800.0, "report": 800.0}}
     monkeypatch.setattr(evaluation, "evaluate", lambda *_: huge)
     code, out, err = call(evaluation.main, argv, monkeypatch, capsys)
