@@ -517,7 +517,8 @@ def main():
     parser.add_argument("--ood", nargs="+", default=[], metavar="NAME=FILE",
                         help="out-of-distribution sets of your own, a UTF-8 file each")
     parser.add_argument("--task", nargs="+", default=[], metavar="NAME=FILE",
-                        help='downstream tasks of your own, JSON lines with "context", "choices", "label", or HellaSwag\'s own file')
+                        help='downstream tasks of your own: JSON lines with "context", "choices", "label", '
+                        "or HellaSwag's own file")
     args = parser.parse_args()
     ood, tasks = (dict(word.partition("=")[::2] for word in words) for words in (args.ood, args.task))
     for flag, words, named in (("--ood", args.ood, ood), ("--task", args.task, tasks)):

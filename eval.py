@@ -77,8 +77,7 @@ def mean_losses(model, rows, temperatures):
     losses = torch.zeros(len(temperatures))
     for logits, targets in logits_of(model, rows):
         for z, y in zip(logits, targets):                    # (T, V) and (T,): a window fits the cache
-            right = z.gather(-1, y[:, None]).sum()
-            sums = [(z / t).logsumexp(-1).sum() - right / t for t in temperatures]
+            sums = [F.cross_entropy(z / t, y, reduction="sum") for t in temperatures]
             losses += torch.stack(sums).cpu() / rows[:, 1:].numel()
     return losses
 
@@ -94,8 +93,8 @@ def evaluation_sets(data_dir):
 
 def score_items(model, encoding, items):
     """
-    -> for each item the probability of the right choice (softmax over the choices' log-likelihoods), and 1 or 0
-    for whether it is the likeliest by log-likelihood per character. What does not fit is cut on the left.
+    -> for each item the probability of the right choice (softmax over the choices' log-likelihoods), and 1 or
+    0 for whether it is the likeliest by log-likelihood per character. What does not fit is cut on the left.
     """
     T, rows, spans = model.config.block_size, [], []
     for item in items:
@@ -492,7 +491,8 @@ def write_report(rows, out):
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (f"{len(rows)} models, {minutes:.0f} minutes of one worker, corpus {rows[0]['corpus']}; made from "
             "results.jsonl by `python sweep.py --report`. Gains are nats per token less than the student "
-            "alone of the same seed. Alpha is chosen on the select halves, figures are of the report halves.\n")
+            "alone of the same seed. Alpha is chosen on the select halves; figures are of the report halves."
+            "\n")
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
         covers = "each with its own teachers" if s.own_teachers else "given these teachers"

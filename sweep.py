@@ -53,7 +53,8 @@ SCALES = {
     "full": Scale("s@1.5M", "unigram@8M bigram@8M xs@1M xs@2M s@1M xs@8M s@8M m@8M l@8M",
                   (0.1, 0.25, 0.5, 1.0), tuple(range(21, 29)), teacher_sets=8),        # each seed has its own
     "gpu": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", vocab_size=50_304,
-                 corpus="fineweb-edu", training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
+                 corpus="fineweb-edu",
+                 training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
     "paper": Scale("1.7B@50B", " ".join(f"{size}@{n}B" for size in ("0.7B", "1.7B", "3.8B", "8B")
                                         for n in (10, 30, 50, 80, 100, 300)),
                    (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256, corpus="fineweb-edu",

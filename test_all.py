@@ -37,6 +37,23 @@ import sweep
 
 HERE = Path(__file__).parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+CUDA = torch.cuda.is_available()
+if CUDA:
+    torch.cuda.init()                                         # before the fixture below hides it
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch, request):
+    """Where there is a GPU, only the tests that need it see it."""
+    if "needs_cuda" not in request.fixturenames:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def needs_cuda():
+    if not CUDA:
+        pytest.skip("needs a GPU")
 
 
 def poem(verses, seed=0):
@@ -46,7 +63,7 @@ def poem(verses, seed=0):
 
 
 def library():
-    """Some files of the standard library: (name, text)."""
+    """The files of the standard library: (name, text)."""
     return [(path.name, path.read_text("utf-8")) for path in sorted(Path(os.__file__).parent.glob("*.py"))]
 
 
@@ -683,6 +700,57 @@ def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(corpus,
     assert same(weights(again), weights(whole))
 
 
+# ---- on a GPU ----------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("teacher", ["states", "logits", None])
+def test_fused_loss_equals_the_plain_one_on_a_gpu(dtype, teacher, needs_cuda, monkeypatch):
+    monkeypatch.setattr(distill, "CHUNK_BYTES", 7 * 500 * 4)  # seven tokens at a time
+    torch.manual_seed(0)
+    h, w, th, tw = (torch.randn(n, 64, device="cuda") for n in (96, 500, 96, 500))
+    h, th, w = h.view(4, 24, 64).requires_grad_(), th.view(4, 24, 64), w.requires_grad_()
+    y = torch.randint(500, (4, 24), device="cuda")
+    args = {"states": (th, tw), "logits": (th @ tw.T, None), None: ()}[teacher]
+    found = []
+    for loss_fn in (distill.distill_loss_reference, functools.partial(
+            distill.distill_loss, chunk_fn=torch.compile(distill.chunk_loss, dynamic=False))):
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            loss, ce, kl = loss_fn(h, w, y, 0.3 if teacher else 0.0, *args, 2.0)
+        found.append((loss, ce, kl, *torch.autograd.grad(loss, (h, w))))
+    for one, other in zip(*found):
+        assert (one - other).norm() <= (1e-4 if dtype == torch.float32 else 0.02) * one.norm() + 1e-6
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
+def test_training_on_a_gpu_follows_the_cpu_and_resumes(dtype, corpus, tmp_path, needs_cuda, monkeypatch):
+    on_gpu = functools.partial(config, corpus, device="cuda", dtype=dtype, compile=True, save_every=0.0)
+    teacher, = distill.train(on_gpu(tmp_path / "t"))
+    more = dict(teacher=teacher, alpha=(0.0, 0.5))
+    paths = distill.train(on_gpu(tmp_path / "whole", **more))
+    distill.train(config(corpus, tmp_path / "cpu", **more))
+    plain, steps = distill.learning_rate, []
+    def stop(config, step):
+        steps.append(step)
+        if step == 40:
+            raise KeyboardInterrupt
+        return plain(config, step)
+    monkeypatch.setattr(distill, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        distill.train(on_gpu(tmp_path / "parts", **more))
+    monkeypatch.setattr(distill, "learning_rate", plain)
+    again = distill.train(on_gpu(tmp_path / "parts", **more))
+    for one, other in zip(paths, again):
+        for a, b in zip(weights(one).values(), weights(other).values()):
+            assert (a - b).norm() < 0.02 * a.norm() + 1e-3
+    ends = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["ce"]
+            for name in ("whole", "parts", "cpu")]
+    assert np.abs(np.array(ends) - ends[-1]).max() < 0.05
+    losses = [evaluation.evaluate(model.load_checkpoint(paths[1], device)[0], corpus, 16, 4)
+              for device in ("cpu", "cuda")]
+    for name in ("in_domain", "ood/poem", "calibrated/in_domain"):
+        assert abs(losses[0][name]["report"] - losses[1][name]["report"]) < 0.02
+
+
 # ---- eval.py -----------------------------------------------------------------
 
 def test_evaluate_is_the_mean_loss_over_disjoint_halves(corpus):
@@ -855,7 +923,8 @@ def test_items_of_ones_own_are_a_task(tmp_path, monkeypatch, capsys):
             "--out", tmp_path / "data", "--task", f"own={tmp_path / 'own.jsonl'}"]
     code, out, err = call(data.main, argv, monkeypatch, capsys)
     assert code == 0 and "task_own           3 items" in out, err
-    expected = [{"context": "A man", "choices": [" sits.", " flies."], "label": 1}, *[{**odd, "label": 0}] * 2]
+    first = {"context": "A man", "choices": [" sits.", " flies."], "label": 1}
+    expected = [first, {**odd, "label": 0}, {**odd, "label": 0}]
     assert data.read_items(tmp_path / "data" / "task_own.jsonl") == expected
     metrics = evaluation.evaluate(tiny(vocab_size=280), str(tmp_path / "data"), 4)
     assert set(metrics["task/own"]) == {"select", "report"} and metrics["accuracy/own"]["select"] in (0, 1)
