@@ -153,7 +153,8 @@ def sweep(scale, data, out, jobs, device):
     os.replace(f"{path}.tmp", path)
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
-    needed = {run.teacher for run in missing}                # retrained if only its row is left
+    needed = {run.teacher for run in missing if run.teacher and not os.path.exists(
+        f"{out}/runs/{run.teacher.name}/ckpt.pt")}           # retrained if only its row is left
     todo = [run for run in runs if run in missing or run in needed]
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
