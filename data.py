@@ -117,7 +117,7 @@ def fineweb_shard(name, out_dir):
     header = np.fromfile(path, "<i4", 256)
     if len(header) < 256 or header[0] != 20240520 or os.path.getsize(path) != 1024 + 2 * int(header[2]):
         os.remove(path)
-        raise UserError(f"{url} came damaged or cut short: start the same command again")
+        raise UserError(f"{url} arrived damaged or truncated: run the same command again")
     return np.memmap(path, "<u2", "r", offset=1024)
 
 
@@ -147,7 +147,7 @@ def split_documents(in_domain, ood, more_ood):
             size += len(text)
     for name, documents in sets.items():
         if not documents:
-            raise UserError(f"the set {name} is empty: it needs more text, 100 kB or so")
+            raise UserError(f"the set {name} is empty: provide more text, at least about 100 kB")
     return sets
 
 
@@ -210,7 +210,7 @@ def bracket_item(text, start, end):
 def read_items(path):
     """
     Items from a file of JSON lines, {"context", "choices", "label"} or HellaSwag's {"ctx", "endings",
-    "label"}, whose endings follow after a space. Raises OSError, or UserError with the line that is none.
+    "label"}, whose endings follow after a space. Raises OSError, or UserError with the bad line's number.
     """
     items = []
     lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
@@ -234,7 +234,7 @@ def read_items(path):
             raise UserError(f'{path}: line {number} is not an item: "context", "choices", "label" (or "ctx", '
                             f'"endings", "label"), at most {MOST_CHARACTERS:,} characters') from None
     if len(items) < 2:
-        raise UserError(f"{path} needs two items at least")
+        raise UserError(f"{path} needs at least two items")
     return items
 
 
@@ -334,7 +334,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     if os.path.exists(os.path.join(out_dir, "meta.json")):
         meta = load_meta(out_dir)
         if meta["arguments"] != arguments:
-            raise UserError(f"{out_dir} holds another corpus: choose another --out, or delete it")
+            raise UserError(f"{out_dir} already holds a different corpus: choose another --out, or delete it")
         return meta
     ood = {name: list(pieces(path)) for name, path in ood.items()}
     tasks = {name: read_items(path) for name, path in tasks.items()}
@@ -382,7 +382,7 @@ def write_ids(out_dir, name, arrays, encoding, dtype):
     with open(os.path.join(out_dir, f"{name}.bin"), "wb") as f:
         for ids in arrays:
             if ids.max() >= encoding.n_vocab:                # looked at here once, not at every opening
-                raise UserError(f"{name} has ids above the vocabulary of {encoding.n_vocab}")
+                raise UserError(f"{name} contains ids outside the vocabulary of {encoding.n_vocab}")
             ids = ids.astype(dtype)
             ids.tofile(f)
             digest.update(ids)
@@ -464,7 +464,7 @@ class Batches:
 # ---- what all command lines share --------------------------------------------
 
 class UserError(Exception):
-    """Something that the user can mend, in one line; a file that can't be read or written is an OSError."""
+    """A mistake the user can fix, in one line. A file that cannot be read or written is an OSError."""
 
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
@@ -480,13 +480,13 @@ def whole_number(text):
 
 
 def make_parser(doc):
-    """A parser of flags whose help is a file's docstring, and whose errors are one line and exit code 2."""
+    """A parser whose help is the file's docstring. Errors are one line and exit code 2."""
     return argparse.ArgumentParser(description=doc, usage=argparse.SUPPRESS, allow_abbrev=False,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def run_main(main):
-    """Run a script: what the user can mend is one line and exit code 2; Ctrl-C is 130."""
+    """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")                 # not every terminal can print ±
     try:
@@ -498,7 +498,7 @@ def run_main(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; the same command resumes from what is saved", file=sys.stderr)
+        print("\nstopped; run the same command again to resume", file=sys.stderr)
         sys.exit(130)
 
 
@@ -515,9 +515,9 @@ def main():
     parser.add_argument("--train", nargs="+", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")
     parser.add_argument("--ood", nargs="+", default=[], metavar="NAME=FILE",
-                        help="out-of-distribution sets of your own, a UTF-8 file each")
+                        help="your own out-of-distribution sets, one UTF-8 file each")
     parser.add_argument("--task", nargs="+", default=[], metavar="NAME=FILE",
-                        help='downstream tasks of your own: JSON lines with "context", "choices", "label", '
+                        help='your own downstream tasks: JSON lines with "context", "choices", "label", '
                         "or HellaSwag's own file")
     args = parser.parse_args()
     ood, tasks = (dict(word.partition("=")[::2] for word in words) for words in (args.ood, args.task))
@@ -525,7 +525,7 @@ def main():
         if len(named) < len(words) or not all(name.isidentifier() and path for name, path in named.items()):
             parser.error(f"{flag} takes NAME=FILE, each name once, not {' '.join(words)}")
     if (args.corpus == "text") != bool(args.train):
-        parser.error("--corpus text needs --train FILES, and only it does")
+        parser.error("--train FILES goes with --corpus text, and only with it")
     if args.vocab_size < 257:
         parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {args.vocab_size}")
     out = args.out or f"data/{args.corpus}"

@@ -156,7 +156,7 @@ def train(config, show_progress=True):
             Path(config.out, "state.pt").unlink(missing_ok=True)
         return paths
     if config.batch_size % world:
-        raise UserError(f"--batch_size {config.batch_size} cannot be shared by {world} ranks")
+        raise UserError(f"--batch_size {config.batch_size} is not divisible by {world} ranks")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
     if world > 1 and not dist.is_initialized():
@@ -174,7 +174,7 @@ def train(config, show_progress=True):
         dist.all_reduce(extremes, dist.ReduceOp.MIN)
         if extremes.sum() != 0:
             raise UserError(f"ranks resume at different steps, {extremes[0]} and {-extremes[1]}: "
-                            "put --out on a shared disk")
+                            "put --out on a disk that all ranks share")
     maybe_compile = compiler(device) if config.compile else lambda function: function
     student_forwards = [maybe_compile(student.model.hidden) for student in students]
     loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
@@ -236,7 +236,7 @@ def train(config, show_progress=True):
             if bad_step < config.steps:
                 lr = learning_rate(config, bad_step.item())
                 raise UserError(f"the loss became NaN or inf at step {bad_step} (learning rate {lr:.3g}): "
-                                "lower --lr, with another --out, or look at the data")
+                                "lower --lr and choose another --out, or check the data")
         if logging:
             if world > 1:
                 dist.all_reduce(losses)
@@ -282,11 +282,11 @@ def check(config):
     for ok, message in (
             (config.size in SIZES, f"--size must be one of {' '.join(SIZES)}, not {config.size}"),
             (config.dtype in ("auto", "float32", "bfloat16", "float16"), f"unknown --dtype {config.dtype}"),
-            (len({f"{a:g}" for a in config.alpha}) == len(config.alpha), "--alpha names a value twice"),
+            (len({f"{a:g}" for a in config.alpha}) == len(config.alpha), "--alpha lists a value twice"),
             (config.teacher or not any(config.alpha), "--alpha above 0 needs a --teacher"),
             (any(config.alpha) or not config.teacher, "a --teacher has no effect at alpha 0: try 0.25"),
             (not (config.teacher and SIZES.get(config.size, {}).get("counts")),
-             f"--size {config.size} only counts: it takes no --teacher"),
+             f"--size {config.size} only counts and takes no --teacher"),
             (config.steps, f"--tokens {config.tokens} is less than one step of {config.tokens_per_step}")):
         if not ok:
             raise UserError(message)

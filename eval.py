@@ -179,7 +179,7 @@ def print_token_gains(models, teachers, data_dir, windows):
     alone = {extra["settings"]["seed"]: model for model, extra in models if not extra["alpha"]}
     taught = [(model, extra["settings"]) for model, extra in models if extra["alpha"]]
     if not taught or not {settings["seed"] for _, settings in taught} <= alone.keys():
-        raise UserError("--teacher needs students with a teacher, and for each the student alone of its seed")
+        raise UserError("--teacher needs distilled students, and for each the student alone of the same seed")
     found, seeds = defaultdict(list), sorted(alone)
     for student, settings in taught:
         own = [model for model, extra in teachers if extra["settings"] == settings["teacher"]]
@@ -246,7 +246,7 @@ def parse_model(model):
     """'s@1.5M' -> ('s', 1500000). Raises UserError."""
     size, _, tokens = model.partition("@")
     if size not in SIZES or not tokens:
-        raise UserError(f"{model!r} is not a model such as s@1.5M; sizes are {' '.join(SIZES)}")
+        raise UserError(f"{model!r} is not a model, such as s@1.5M; the sizes are {' '.join(SIZES)}")
     return size, whole_number(tokens)
 
 
@@ -275,12 +275,12 @@ def read_rows(path):
         except Exception:                                    # of many kinds, all for the same reason
             if number == len(lines):
                 break
-            raise UserError(f"{path}: line {number} is not a result: delete it") from None
+            raise UserError(f"{path}: line {number} is not a valid result: delete it") from None
         first, same = next(iter(rows.values()), row), rows.setdefault(key, row)
         if (row["corpus"], row["metrics"].keys()) != (first["corpus"], first["metrics"].keys()):
-            raise UserError(f"{path}: line {number} is of another corpus than line 1: delete one of them")
+            raise UserError(f"{path}: line {number} comes from a different corpus than line 1: delete one")
         if row["metrics"] != same["metrics"]:
-            raise UserError(f"{path}: line {number} has other numbers for a model that is there: delete one")
+            raise UserError(f"{path}: line {number} repeats a model with different numbers: delete one")
     return list(rows.values())
 
 
@@ -487,7 +487,7 @@ FINDINGS = {"A weak teacher helps": weak_teacher_helps,
 def write_report(rows, out):
     """Write report.md and, with matplotlib, a figure for each student -> the report. Raises UserError."""
     if not rows:
-        raise UserError(f"{out} has no results.jsonl with results")
+        raise UserError(f"{out} has no results.jsonl, or it is empty")
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (f"{len(rows)} models, {minutes:.0f} minutes of one worker, corpus {rows[0]['corpus']}; made from "
             "results.jsonl by `python sweep.py --report`. Gains are nats per token less than the student "
@@ -574,13 +574,13 @@ def draw(s, path):
 def main():
     """Evaluate the checkpoints of the command line and print what it asks for."""
     parser = make_parser(__doc__)
-    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="checkpoints of distill.py")
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="distill.py checkpoints")
     parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="which tokens gain, and "
-                        "whether the teacher knew them: of students among the checkpoints, on those alone")
-    parser.add_argument("--json", action="store_true", help="print what evaluate() returns, for programs")
-    parser.add_argument("--sample", metavar="TEXT", help="print what each checkpoint writes after this")
-    parser.add_argument("--data", default="data/python", help="folder of data.py (default: data/python)")
-    parser.add_argument("--windows", type=int, default=256, help="in each half of a set (default: 256)")
+                        "whether the teacher knows them: distilled students against students alone")
+    parser.add_argument("--json", action="store_true", help="print what evaluate() returns, as JSON")
+    parser.add_argument("--sample", metavar="TEXT", help="print each checkpoint's continuation of this text")
+    parser.add_argument("--data", default="data/python", help="corpus folder (default: data/python)")
+    parser.add_argument("--windows", type=int, default=256, help="windows per half of a set (default: 256)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     args = parser.parse_args()
     if args.windows < 1:
@@ -590,7 +590,7 @@ def main():
     models = [load_checkpoint(path, device, tokenizer) for path in args.checkpoints]
     teachers = [load_checkpoint(path, device, tokenizer) for path in args.teacher]
     if not args.json and len({model.config.block_size for model, _ in models + teachers}) > 1:
-        raise UserError("these models have contexts of different lengths: evaluate one at a time, or --json")
+        raise UserError("these models have different context lengths: evaluate one at a time, or use --json")
     if teachers:
         print_token_gains(models, teachers, args.data, args.windows)
     elif args.json:

@@ -266,7 +266,7 @@ def save_file(path, obj):
 def load_file(path):
     """The dict that save_file wrote, on the CPU; unpickles tensors and plain values only. Raises OSError."""
     if not os.path.isfile(path):
-        raise OSError(f"no checkpoint at {path}: train one with distill.py, or give its .pt file")
+        raise OSError(f"no checkpoint at {path}: train one with distill.py, or give the path of a .pt file")
     try:
         if zipfile.ZipFile(path).testzip():                  # torch.load does not see a flipped byte
             raise ValueError
@@ -274,7 +274,7 @@ def load_file(path):
     except (MemoryError, PermissionError):
         raise
     except Exception:                                        # of many kinds, all for the same reason
-        raise OSError(f"{path} is damaged, or not a file of distill.py: delete it and train again") from None
+        raise OSError(f"{path} is damaged or not a file of distill.py: delete it and train again") from None
 
 
 def save_checkpoint(path, model, **extra):
@@ -290,9 +290,9 @@ def load_checkpoint(path, device="cpu", tokenizer=None):
         model = Table(config) if config.counts else GPT(config)
         model.load_state_dict(saved.pop("model"))
     except Exception:                                        # state.pt, or a checkpoint of another project
-        raise OSError(f"{path} is not a checkpoint of distill.py") from None
+        raise OSError(f"{path} is not a distill.py checkpoint") from None
     if tokenizer and saved.get("settings", {}).get("tokenizer") != tokenizer:
-        raise OSError(f"{path} was trained with another tokenizer than the corpus has: see --data")
+        raise OSError(f"{path} was trained with a different tokenizer than this corpus: check --data")
     return model.to(device).eval(), saved
 
 
@@ -307,7 +307,7 @@ def to_hf(path, folder, data_dir):
     meta, encoding = load_meta(data_dir), load_tokenizer(data_dir)
     model, _ = load_checkpoint(path, tokenizer=meta["tokenizer"])
     if model.config.counts:
-        raise UserError(f"{path} is a table of counts, which no other library reads")
+        raise UserError(f"{path} is a table of counts: only networks can be exported")
     try:
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
         from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -343,9 +343,9 @@ def main():
     from data import make_parser
     parser = make_parser(__doc__)
     parser.add_argument("--to_hf", nargs=2, metavar=("CKPT", "DIR"), required=True,
-                        help="the checkpoint, and the folder to write (needs transformers)")
+                        help="checkpoint to export and folder to write (needs transformers)")
     parser.add_argument("--data", default="data/python", metavar="DIR",
-                        help="corpus folder whose tokenizer the checkpoint has (default: data/python)")
+                        help="corpus folder with the checkpoint's tokenizer (default: data/python)")
     args = parser.parse_args()
     to_hf(*args.to_hf, args.data)
     print(f"{args.to_hf[1]}: for transformers' AutoModelForCausalLM and AutoTokenizer")

@@ -146,7 +146,7 @@ def sweep(scale, data, out, jobs, device):
     path = f"{out}/results.jsonl"
     rows = {tuple(row[name] for name in KEYS): row for row in read_rows(path)}
     if any(row["corpus"] != load_meta(data)["fingerprint"] for row in rows.values()):
-        raise UserError(f"{path} comes from another corpus than {data}: choose another --out")
+        raise UserError(f"{path} comes from a different corpus than {data}: choose another --out")
     os.makedirs(out, exist_ok=True)
     with open(f"{path}.tmp", "w") as f:                      # drops a half-written last line
         f.writelines(json.dumps(row) + "\n" for row in rows.values())
@@ -231,9 +231,9 @@ def main():
         prepare("python", data, scale.vocab_size)
     corpus, sets = load_meta(data)["arguments"]["corpus"], evaluation_sets(data)
     if corpus not in (scale.corpus, "text"):                 # text: the user's own
-        raise UserError(f"{data} holds the corpus {corpus}, but this scale needs {scale.corpus}")
+        raise UserError(f"{data} holds the corpus {corpus}; this scale needs {scale.corpus}")
     if len(sets) < 2:
-        raise UserError(f"{data} has no out-of-distribution set, which the findings need: data.py --ood ...")
+        raise UserError(f"{data} has no out-of-distribution set: add one with data.py --ood")
     for path in sets.values():                               # now, not after an hour
         read_windows(path, Config(**scale.training).block_size, most=1)
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])

@@ -82,7 +82,7 @@ def corpus(tmp_path_factory):
 
 def config(corpus, out, **more):
     small = dict(size="xs", tokens=8192, batch_size=4, block_size=32, lr=3e-3, warmup=0.05, compile=False,
-                 log_every=4, device="cpu")          # at a higher rate rounding grows too fast to compare runs
+                 log_every=4, device="cpu")  # at a higher rate rounding grows too fast to compare runs
     return distill.Config(data=corpus, out=str(out), **{**small, **more})
 
 
@@ -230,7 +230,7 @@ def test_a_damaged_checkpoint_is_told(tmp_path):
     assert refused > 100
     torch.save({"something": "else"}, path)
     for wrong in (path, tmp_path / "absent.pt"):
-        with pytest.raises(OSError, match="no checkpoint|not a checkpoint"):
+        with pytest.raises(OSError, match="no checkpoint|not a distill.py checkpoint"):
             model.load_checkpoint(wrong)
 
 
@@ -323,7 +323,7 @@ def test_prepare_keeps_every_document_and_its_counts(tmp_path, ends):
     before = {p.name: p.read_bytes() for p in Path(out).iterdir()}
     for wrong, change in ((281, ""), (280, "more")):          # another call, and the same of a changed file
         (tmp_path / "b.txt").write_text("other text " * 1000 + change)
-        with pytest.raises(data.UserError, match="another corpus"):
+        with pytest.raises(data.UserError, match="a different corpus"):
             data.prepare("text", out, wrong, *files)
     assert before == {p.name: p.read_bytes() for p in Path(out).iterdir()}
 
@@ -1119,7 +1119,7 @@ def test_results_are_read_with_care(tmp_path):
         assert evaluation.read_rows(path) == rows
     other = {**rows[0], "corpus": "another"}
     changed = {**rows[0], "metrics": rows[1]["metrics"]}
-    for row, word in ((other, "line 2 is of another corpus"), (changed, "line 2 has other numbers")):
+    for row, word in ((other, "line 2 comes from a different corpus"), (changed, "line 2 repeats a model")):
         path.write_text(lines[0] + "\n" + json.dumps(row))
         with pytest.raises(data.UserError, match=word):
             evaluation.read_rows(path)
@@ -1253,14 +1253,14 @@ def made(corpus, tmp_path_factory):
 
 
 BAD = [
-    (data.main, "--corpus text --out new", "needs --train"),
+    (data.main, "--corpus text --out new", "--train FILES goes with"),
     (data.main, "--corpus text --train absent.txt --out new", "absent.txt"),
     (data.main, "--corpus text --train bytes.txt --out new", "not UTF-8"),
     (data.main, "--corpus text --train short.txt --out new", "the set val is empty"),
     (data.main, "--corpus text --train other.txt --ood poem.txt --out new", "NAME=FILE"),
     (data.main, "--corpus text --train other.txt --ood a=other.txt a=short.txt --out new", "each name once"),
     (data.main, "--ood cpp=other.txt --out new", "named sympy, numpy, networkx, cpp, prose already"),
-    (data.main, "--corpus text --train other.txt --out data", "another corpus"),
+    (data.main, "--corpus text --train other.txt --out data", "a different corpus"),
     (data.main, "--tokens 3x", "'3x' is not a whole number"),
     (distill.main, "--data data --size xxl --out new", "--size must be one of"),
     (distill.main, "--data data --alpha 2 --out new --teacher run/ckpt.pt", "--alpha must be from 0 to 1"),
@@ -1275,7 +1275,7 @@ BAD = [
     (distill.main, "--data data --out renamed --size xs --tokens 8192 " + " ".join(ARGS[4:]), "other set"),
     (distill.main, "--data data --teacher run/ckpt.pt --out new", "has no effect at alpha 0"),
     (distill.main, "--data data --teacher absent.pt --alpha 1 --out new", "no checkpoint at absent.pt"),
-    (distill.main, "--data data --teacher foreign/ckpt.pt --alpha 1 --out new", "another tokenizer"),
+    (distill.main, "--data data --teacher foreign/ckpt.pt --alpha 1 --out new", "a different tokenizer"),
     (distill.main, "--data data --teacher run/ckpt.pt --alpha 1 --out new", "exceeds the teacher's"),
     (distill.main, "--data data --tokens 10 --out new", "less than one step"),
     (distill.main, "--data data --batch_size 0 --out new", "must be at least 1"),
@@ -1284,26 +1284,26 @@ BAD = [
     (distill.main, "--data data --out run --size xs", "other settings"),
     (distill.main, "--data data --learning_rate 1 --out new", "unrecognized arguments"),
     (evaluation.main, "absent.pt --data data", "no checkpoint at absent.pt"),
-    (evaluation.main, "foreign/ckpt.pt --data data", "another tokenizer"),
+    (evaluation.main, "foreign/ckpt.pt --data data", "a different tokenizer"),
     *[(data.main, f"--corpus text --train other.txt --out new --task a={name}.jsonl", "1 is not an item")
       for name in (
         "no_label", "long", "label_-1", "label_2", "label_1.9", "label_True", "label_x", "choices_0",
         "choices_1", "choices_2")],
-    (data.main, "--corpus text --train other.txt --out new --task a=none.jsonl", "needs two items"),
+    (data.main, "--corpus text --train other.txt --out new --task a=none.jsonl", "needs at least two items"),
     (data.main, "--corpus text --train other.txt --out new --task none.jsonl", "--task takes NAME=FILE"),
-    (distill.main, "--data data --size bigram --teacher run/ckpt.pt --alpha 1 --out new", "takes no --tea"),
-    (evaluation.main, "run/ckpt.pt --data data --teacher run/ckpt.pt", "needs students with a teacher"),
+    (distill.main, "--data data --size bigram --teacher run/ckpt.pt --alpha 1 --out new", "takes no --t"),
+    (evaluation.main, "run/ckpt.pt --data data --teacher run/ckpt.pt", "needs distilled students"),
     (model.main, "--to_hf absent.pt new --data data", "no checkpoint"),
     (model.main, "--to_hf run/ckpt.pt short.txt --data data", "is a file"),
-    (model.main, "--to_hf run/ckpt.pt new --data other", "another tokenizer"),
-    (sweep.main, "--student s1.5M --data data --out new", "is not a model such as s@1.5M"),
+    (model.main, "--to_hf run/ckpt.pt new --data other", "a different tokenizer"),
+    (sweep.main, "--student s1.5M --data data --out new", "is not a model, such as s@1.5M"),
     (sweep.main, "--teachers xs@1M,s --data data --out new", "'s' is not a model"),
     (sweep.main, "--seeds 1,x --data data --out new", "'x' is not a whole number"),
     (sweep.main, "--data other --out new", "no out-of-distribution set"),
     (sweep.main, "--data brief --out new", "evaluation needs two windows of 128"),
     (sweep.main, "--scale gpu --out new", "python data.py --corpus fineweb-edu --out data/fineweb-edu"),
     (sweep.main, "--scale gpu --data as_python --out new", "holds the corpus python"),
-    (sweep.main, "--data data --out results --scale smoke", "another corpus"),
+    (sweep.main, "--data data --out results --scale smoke", "a different corpus"),
     (sweep.main, "--report absent", "no results.jsonl"),
 ]
 
