@@ -38,16 +38,13 @@ import sweep
 HERE = Path(__file__).parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 CUDA = torch.cuda.is_available()
-if CUDA:
-    torch.cuda.init()                                         # before the fixture below hides it
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch, request):
-    """Where there is a GPU, only the tests that need it see it."""
+    """Where there is a GPU, --device auto takes it only in the tests that need it."""
     if "needs_cuda" not in request.fixturenames:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 @pytest.fixture
@@ -617,7 +614,7 @@ def test_a_step_that_writes_no_log_line_asks_the_device_for_nothing(corpus, tmp_
 
 
 ARGS = ("--size xs --tokens 16384 --batch_size 4 --block_size 32 --lr 3e-3 --warmup 0.05 --compile false "
-        "--log_every 4").split()
+        "--log_every 4 --device cpu").split()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
@@ -1146,7 +1143,8 @@ def results(folder):
 
 
 def test_a_smoke_sweep_killed_twice_equals_one_never_stopped(corpus, tmp_path, monkeypatch, capsys):
-    argv = [sys.executable, "sweep.py", "--scale", "smoke", "--data", corpus, "--seeds", "1", "--out"]
+    argv = [sys.executable, "sweep.py", "--scale", "smoke", "--data", corpus, "--seeds", "1",
+            "--device", "cpu", "--out"]
     whole = subprocess.run([*argv, tmp_path / "whole"], cwd=HERE, capture_output=True, text=True)
     assert whole.returncode == 0 and "A weak teacher helps" in whole.stdout, whole.stderr
     cells = [line for line in whole.stdout.splitlines() if " -> s@32K, seed 1: outside " in line]
