@@ -550,6 +550,8 @@ def draw(s, path):
         axis.set_xticks(every, names, fontsize=7)
         axis.set_xlim(-0.6, len(every) - 0.4)
         axis.set_ylabel("gain outside, nats per token")
+    lowest = np.nanmin(s.gain[s.network][..., OUT]) if s.network.any() else -1
+    first.set_ylim(bottom=1.2 * min(lowest, -0.01))          # what a table costs at alpha 1 would hide the rest
     x, y = np.nanmean(s.alone[..., IN], 1), np.nanmean(s.alone[..., OUT], 1)
     curve = np.linspace(x.min(), x.max(), 50)
     third.plot(curve, parabola(x, y, curve), color="black", lw=1)
