@@ -191,7 +191,7 @@ def print_token_gains(models, teachers, data_dir, windows):
             for group, (share, gain) in x["groups"].items():
                 found[where, group].append((share, gain, gain - luck[where]["groups"][group][1]))
     print(f"gain on the student alone, nats per token, {len(taught)} students; by who is right (argmax)")
-    print(f"{'':33} {'share':>7}   {'gain':18}" + "less that of another seed" * (len(alone) > 1))
+    print(f"{'':33} {'share':>7}   {'gain':18}" + "net of another seed" * (len(alone) > 1))
     for (where, group), values in found.items():
         share, gain, net = np.array(values).T
         net = show(net) if len(alone) > 1 else ""

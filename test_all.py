@@ -824,6 +824,7 @@ def test_items_are_what_they_say_and_untrained_models_at_chance(corpus):
             depth += (context[at] in ")]}") - (context[at] in "([{")
         assert context[at] == "(["[label] and 8 <= len(context) - at <= 200
     assert not files[0] & files[1] and max(per_file.values()) <= 6
+    assert max(len(data.bracket_pairs([document])) for document in library()) == 6
     for half in (items[:middle], items[middle:], data.evenly_spaced(items, 63)):   # as many of either
         assert abs(sum(item["label"] for item in half) - len(half) / 2) <= 2
     # of equal length in tokens, or the shorter choice would be the likelier: in data/python this evens out
