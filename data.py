@@ -200,9 +200,8 @@ def bracket_pairs(documents):
 def bracket_item(text, start, end):
     """The item of a text cut at end, before the bracket that closes the one at start."""
     first = max(0, end - 280)                                # at most so many characters
-    line = text.find("\n", first, end) + 1                   # in whole lines
-    if first and line <= start:
-        first = line or first
+    if first:                                                # in whole lines, but not without its opener
+        first = text.find("\n", first, start) + 1 or first
     rest = text[end + 1:end + 31].partition("\n")[0]
     return {"context": text[first:end], "choices": [f"){rest}", f"]{rest}"], "label": ")]".index(text[end])}
 
@@ -342,8 +341,9 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         ood=ood, vocab_size=vocab_size, train=train, tokens=tokens, out_dir=out_dir)
     if tasks.keys() & made.keys():
         raise UserError(f"--task: this corpus has a task {', '.join(made)} already: choose another name")
+    tasks |= made
     os.makedirs(out_dir, exist_ok=True)
-    for name, items in {**made, **tasks}.items():
+    for name, items in tasks.items():
         Path(out_dir, f"task_{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
                     for token, rank in encoding._mergeable_ranks.items())
@@ -352,7 +352,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
             "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
             "sets": {name: write_ids(out_dir, name, ids, encoding, dtype) for name, ids in arrays.items()},
-            "tasks": {name: len(items) for name, items in {**made, **tasks}.items()},
+            "tasks": {name: len(items) for name, items in tasks.items()},
             "versions": {"python": platform.python_version(), **{
                 name: importlib.metadata.version(name) for name in ("torch", "numpy", "sympy", "networkx")}}}
     meta["fingerprint"] = fingerprint(meta)

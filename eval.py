@@ -337,7 +337,7 @@ def mean_over(cells):
     return cells[2 * seeds >= seeds.max()].mean(0)
 
 
-def best_alpha(gain):
+def choose_alpha(gain):
     """Gains of the select halves (T, A, S) -> (T,), index of the alpha of the largest mean, at most seeds."""
     best = []
     for by_alpha in gain:                                    # (A, S)
@@ -385,7 +385,7 @@ def study(rows, student):
 
     # alpha is chosen on the select halves; all else is of the report halves
     every = np.arange(len(teachers))
-    pick, pick_calibrated = best_alpha(gain[..., SELECT, OUT]), best_alpha(gain[..., SELECT, CALIBRATED_OUT])
+    pick, pick_calibrated = (choose_alpha(gain[..., SELECT, what]) for what in (OUT, CALIBRATED_OUT))
     select_calibrated = gain[every, pick_calibrated, :, SELECT, CALIBRATED_OUT]              # (T, S)
     alone, own, taught, gain = (x[..., REPORT, :] for x in (alone, own, taught, gain))
     robustness, robustness_calibrated = (
@@ -398,22 +398,24 @@ def study(rows, student):
     same_compute = y[1] - parabola(np.log(TIMES), y, np.log(times))          # (T, S)
 
     sets = {frozenset(row["teacher_seed"] for row in taught_rows if row["seed"] == s) for s in seeds}
+    weakness = np.array([interval(x)[0] for x in weakness])                  # (T,)
+    network = np.array([not SIZES[parse_model(t)[0]].get("counts") for t in teachers])
     return SimpleNamespace(
         student=student, teachers=teachers, alphas=alphas, seeds=seeds, alone=alone, own=own[..., IN],
-        weakness=np.array([interval(x)[0] for x in weakness]), taught=taught, gain=gain,
+        weakness=weakness, network=network, weak=network & (weakness > 0), strong=network & (weakness <= 0),
+        taught=taught, gain=gain,
         best_alpha=[alphas[a] for a in pick], best=gain[every, pick],
         best_alpha_calibrated=[alphas[a] for a in pick_calibrated], select_calibrated=select_calibrated,
         best_calibrated=gain[every, pick_calibrated, :, CALIBRATED_OUT],
         robustness=robustness, best_robustness=robustness[every, pick],
         robustness_calibrated=robustness_calibrated,
         best_robustness_calibrated=robustness_calibrated[every, pick_calibrated], same_compute=same_compute,
-        own_teachers=len(sets) == len(seeds),                # every seed has its own
-        network=np.array([not SIZES[parse_model(t)[0]].get("counts") for t in teachers]))
+        own_teachers=len(sets) == len(seeds))                # every seed has its own
 
 
 def weak_teacher_helps(s):
     """Rule 1: of networks worse in domain than the student alone, the mean gain outside lies above zero."""
-    weak = s.network & (s.weakness > 0)
+    weak = s.weak
     if not weak.any():
         return "not tested", "No network is weaker than the student alone."
     gain, pure = mean_over(s.best[weak, :, OUT]), mean_over(s.gain[weak, -1, :, OUT])
@@ -451,7 +453,7 @@ def generalisation_first(s):
     def mean_of(kind, robustness=s.robustness):
         return mean_over(robustness[kind].reshape(-1, len(s.seeds)))
     everything, weak, strong, tables = (mean_of(kind) for kind in (
-        s.network, s.network & (s.weakness > 0), s.network & (s.weakness <= 0), ~s.network))
+        s.network, s.weak, s.strong, ~s.network))
     calibrated, calibrated_tables = (
         mean_of(kind, s.robustness_calibrated) for kind in (s.network, ~s.network))
     within = ~np.isnan(s.robustness[s.network]).all(-1)      # (T, A)
@@ -464,7 +466,7 @@ def generalisation_first(s):
 
 def more_than_smoothing(s):
     """Rule 4: calibrated, weak networks' mean gain outside lies above zero and above the best table's."""
-    weak, tables = s.network & (s.weakness > 0), np.flatnonzero(~s.network)
+    weak, tables = s.weak, np.flatnonzero(~s.network)
     if not weak.any() or not len(tables):
         return "not tested", "It takes a weak network and a table that counts."
     best = tables[np.argmax([interval(x)[0] for x in s.select_calibrated[tables]])]
@@ -551,13 +553,12 @@ def draw(s, path):
         axis.set_xlim(-0.6, len(every) - 0.4)
         axis.set_ylabel("gain outside, nats per token")
     lowest = np.nanmin(s.gain[s.network][..., OUT]) if s.network.any() else -1
-    first.set_ylim(bottom=1.2 * min(lowest, -0.01))          # what a table costs at alpha 1 would hide the rest
+    first.set_ylim(bottom=1.2 * min(lowest, -0.01))          # or a table at alpha 1 would hide the rest
     x, y = np.nanmean(s.alone[..., IN], 1), np.nanmean(s.alone[..., OUT], 1)
     curve = np.linspace(x.min(), x.max(), 50)
     third.plot(curve, parabola(x, y, curve), color="black", lw=1)
     third.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
-    for kind, label, marker in ((s.network & (s.weakness > 0), "from weak networks", "o"),
-                                (s.network & (s.weakness <= 0), "from strong ones", "^"),
+    for kind, label, marker in ((s.weak, "from weak networks", "o"), (s.strong, "from strong ones", "^"),
                                 (~s.network, "from tables that count", "x")):
         within = kind[:, None] & ~np.isnan(s.robustness).all(-1)             # (T, A)
         cells = np.nanmean(s.taught[within][..., :TASK], axis=1)             # (cells, 4)
@@ -600,12 +601,11 @@ def main():
                           for path, (model, _) in zip(args.checkpoints, models)}, indent=1))
     elif args.sample is None:
         print_table(args.checkpoints, models, args.data, args.windows)
-    for path, (model, _) in zip(args.checkpoints, models):
-        if args.sample is not None:
-            torch.manual_seed(1)
-            idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)
-            ids = [i for i in model.generate(idx, 200, 0.8, 50)[0].tolist() if i < encoding.eot_token]
-            print(f"--- {path}\n{encoding.decode(ids)}")
+    for path, (model, _) in zip(args.checkpoints, models) if args.sample is not None else ():
+        torch.manual_seed(1)
+        idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)
+        ids = [i for i in model.generate(idx, 200, 0.8, 50)[0].tolist() if i < encoding.eot_token]
+        print(f"--- {path}\n{encoding.decode(ids)}")
 
 
 if __name__ == "__main__":

@@ -81,6 +81,10 @@ class Run:
         teacher, teacher_seed = (self.teacher.model, self.teacher.seed) if self.teacher else (None, None)
         return [(self.model, self.seed, teacher, teacher_seed, alpha) for alpha in self.alphas]
 
+    def checkpoint(self, out):
+        """Where a model alone is saved."""
+        return f"{out}/runs/{self.name}/ckpt.pt"
+
     def flops(self, scale):
         """-> FLOPs of training one student, and of its teacher's forward passes over the same tokens."""
         tokens, block_size = parse_model(self.model)[1], Config(**scale.training).block_size
@@ -119,7 +123,7 @@ def train_and_evaluate(run, scale, data, out, device):
     """In a worker -> rows of results.jsonl, one for each alpha."""
     start, rows, corpus = time.time(), [], load_meta(data)["fingerprint"]
     size, tokens = parse_model(run.model)
-    teacher = f"{out}/runs/{run.teacher.name}/ckpt.pt" if run.teacher else ""
+    teacher = run.teacher.checkpoint(out) if run.teacher else ""
     config = Config(data=data, out=f"{out}/runs/{run.name}", size=size, tokens=tokens, seed=run.seed,
                     teacher=teacher, alpha=run.alphas, device=device, **scale.training)
     student_flops, teacher_flops = run.flops(scale)
@@ -153,9 +157,9 @@ def sweep(scale, data, out, jobs, device):
     os.replace(f"{path}.tmp", path)
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
-    needed = {run.teacher for run in missing if run.teacher and not os.path.exists(
-        f"{out}/runs/{run.teacher.name}/ckpt.pt")}           # retrained if only its row is left
-    todo = [run for run in runs if run in missing or run in needed]
+    needed = {run.teacher for run in missing if run.teacher}              # retrained if only its row is left
+    lost = {teacher for teacher in needed if not os.path.exists(teacher.checkpoint(out))}
+    todo = [run for run in runs if run in missing or run in lost]
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the workers; below, a complaint after Ctrl-C

@@ -161,7 +161,7 @@ def test_tables_equal_a_count_by_hand(corpus, tmp_path, monkeypatch, capsys):
     tokens = data.load_tokens(f"{corpus}/train.bin")[:9000].tolist()
     count, pairs = Counter(tokens), Counter(zip(tokens, tokens[1:]))
     unigram = [(count[i] + 0.5) / (9000 + 150) for i in range(300)]
-    for size, by_hand in (("unigram", lambda last, i: unigram[i]), ("bigram", None)):
+    for size in ("unigram", "bigram"):
         path, = distill.train(config(corpus, tmp_path / size, size=size, tokens=9000))
         table, extra = model.load_checkpoint(path)
         assert isinstance(table, model.Table) and extra["settings"]["size"] == size
@@ -725,9 +725,8 @@ def test_training_on_a_gpu_follows_the_cpu_and_resumes(dtype, corpus, tmp_path, 
     more = dict(teacher=teacher, alpha=(0.0, 0.5))
     paths = distill.train(on_gpu(tmp_path / "whole", **more))
     distill.train(config(corpus, tmp_path / "cpu", **more))
-    plain, steps = distill.learning_rate, []
+    plain = distill.learning_rate
     def stop(config, step):
-        steps.append(step)
         if step == 40:
             raise KeyboardInterrupt
         return plain(config, step)
