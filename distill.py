@@ -169,12 +169,6 @@ def train(config, show_progress=True):
         return paths
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step, log = resume(config, students, paths)
-    if world > 1:
-        extremes = torch.tensor([first_step, -first_step], device=device)
-        dist.all_reduce(extremes, dist.ReduceOp.MIN)
-        if extremes.sum() != 0:
-            raise UserError(f"ranks resume at different steps, {extremes[0]} and {-extremes[1]}: "
-                            "put --out on a disk that all ranks share")
     maybe_compile = compiler(device) if config.compile else lambda function: function
     student_forwards = [maybe_compile(student.model.hidden) for student in students]
     loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))

@@ -618,7 +618,7 @@ ARGS = ("--size xs --tokens 16384 --batch_size 4 --block_size 32 --lr 3e-3 --war
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs gloo")
-def test_two_ranks_equal_one(corpus, tmp_path, monkeypatch):
+def test_two_ranks_equal_one(corpus, tmp_path):
     teacher, = distill.train(config(corpus, tmp_path / "t", seed=9))
     argv = [*ARGS, "--data", corpus, "--accumulate", "2", "--teacher", teacher, "--alpha", "0,0.5"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -629,22 +629,6 @@ def test_two_ranks_equal_one(corpus, tmp_path, monkeypatch):
         assert done.returncode == 0 and done.stdout.count("next: python eval.py") == 1, done.stderr
     one, two = (np.array([line["ce"] + line["kl"] for line in log_of(tmp_path / n)]) for n in ("one", "two"))
     assert one.shape == two.shape and np.abs(one - two).max() < 5e-4
-    # two machines that share no disk: one has the state of an interrupted run, the other has not
-    def interrupted(config, step, plain=distill.learning_rate):
-        if step == 9:
-            raise KeyboardInterrupt
-        return plain(config, step)
-    monkeypatch.setattr(distill, "learning_rate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        distill.train(distill.parse_config([*argv, "--out", str(tmp_path / "disk0"), "--save_every", "0"]))
-    ranks, where = [], {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29512"}
-    for rank in "01":
-        command = [sys.executable, "distill.py", *argv, "--out", tmp_path / f"disk{rank}"]
-        ranks.append(subprocess.Popen(command, cwd=HERE, stderr=subprocess.PIPE, text=True,
-                                      env={**os.environ, **where, "RANK": rank, "OMP_NUM_THREADS": "1"}))
-    said = "".join(rank.communicate()[1] for rank in ranks)   # the first to leave may cut the other off
-    assert "error: ranks resume at different steps, 0 and 9" in said
-    assert all(rank.returncode for rank in ranks)
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_never_stopped(corpus, tmp_path):
@@ -1240,8 +1224,7 @@ def made(corpus, tmp_path_factory):
     torch.save(compiled, folder / "compiled.pt")
     (folder / "renamed").mkdir()
     shutil.copy(folder / "run" / "ckpt.pt", folder / "renamed" / "state.pt")
-    items = {"no_label": '{"context": "a", "choices": ["b"]}', "none": "\n\n", "long": json.dumps(
-        {"context": " " * 1_000_000, "choices": ["a", "b"], "label": 0})}
+    items = {"no_label": '{"context": "a", "choices": ["b"]}', "none": "\n\n"}
     for label in (-1, 2, 1.9, True, "x"):
         items[f"label_{label}"] = json.dumps({"context": "a", "choices": ["b", "c"], "label": label})
     for i, choices in enumerate((["b", ""], ["b", 3], "bc")):
@@ -1286,7 +1269,7 @@ BAD = [
     (evaluation.main, "foreign/ckpt.pt --data data", "a different tokenizer"),
     *[(data.main, f"--corpus text --train other.txt --out new --task a={name}.jsonl", "1 is not an item")
       for name in (
-        "no_label", "long", "label_-1", "label_2", "label_1.9", "label_True", "label_x", "choices_0",
+        "no_label", "label_-1", "label_2", "label_1.9", "label_True", "label_x", "choices_0",
         "choices_1", "choices_2")],
     (data.main, "--corpus text --train other.txt --out new --task a=none.jsonl", "needs at least two items"),
     (data.main, "--corpus text --train other.txt --out new --task none.jsonl", "--task takes NAME=FILE"),
