@@ -42,8 +42,8 @@ END_OF_TEXT = "<|endoftext|>"
 # words, numbers of up to 3 digits, punctuation, white space; a leading space belongs to the word, as in GPT-2
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VAL_PERCENT = 5                     # of the documents, chosen by a hash of their name
-OOD_CHARS = 2_000_000               # an out-of-distribution set is cut to so much text, and
-BPE_CHARS = 4_000_000               # the vocabulary is learned from so much of the training text
+OOD_CHARS = 2_000_000               # characters of an out-of-distribution set, at most
+BPE_CHARS = 4_000_000               # characters of training text from which the vocabulary is learned
 BUILD_FILES = ("_sysconfigdata", "version.py", "__config__.py")             # these differ with every build
 FINEWEB = ("https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
            "edu_fineweb_{}.bin")
@@ -124,7 +124,7 @@ def fineweb_shard(name, out_dir):
 def split_documents(in_domain, ood, more_ood):
     """
     -> {"train": documents, "val": ..., "ood_NAME": ...}; more_ood: sets of the user's own. val by a hash of
-    the name, so that a file added elsewhere moves nothing; in the order of that hash, so that any prefix is a
+    the name, so that adding a file moves no other; in the order of that hash, so that any prefix is a
     fair sample; no text twice. Raises UserError where a set is empty, or a name is taken.
     """
     sets, seen = {"train": [], "val": []}, set()
@@ -154,7 +154,7 @@ def split_documents(in_domain, ood, more_ood):
 # ---- downstream tasks: an item is {"context", "choices", "label"} ------------
 
 def evenly_spaced(items, most):
-    """At most so many of the items."""
+    """At most `most` of the items, evenly spaced."""
     n = min(len(items), most)
     return [items[k * len(items) // n] for k in range(n)]
 
@@ -326,7 +326,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     if os.path.exists(os.path.join(out_dir, "meta.json")):
         meta = load_meta(out_dir)
         if meta["arguments"] != arguments:
-            raise UserError(f"{out_dir} already holds a different corpus: choose another --out, or delete it")
+            raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder")
         return meta
     ood = {name: list(pieces(path)) for name, path in ood.items()}
     tasks = {name: read_items(path) for name, path in tasks.items()}
@@ -374,7 +374,7 @@ def write_ids(out_dir, name, arrays, encoding, dtype):
     counts, digest = np.zeros(encoding.n_vocab, dtype=np.int64), hashlib.sha256()
     with open(os.path.join(out_dir, f"{name}.bin"), "wb") as f:
         for ids in arrays:
-            if ids.max() >= encoding.n_vocab:                # looked at here once, not at every opening
+            if ids.max() >= encoding.n_vocab:
                 raise UserError(f"{name} contains ids outside the vocabulary of {encoding.n_vocab}")
             ids = ids.astype(dtype)
             ids.tofile(f)
@@ -491,7 +491,7 @@ def run_main(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\nstopped; run the same command again to resume", file=sys.stderr)
+        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
 
 

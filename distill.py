@@ -49,7 +49,7 @@ class Config:
     alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once
     temperature: float = 1.0      # of both distributions in the distillation term
     top_k: int = 0                # keep the teacher's k likeliest tokens (1: hard labels); 0: all of them
-    batch_size: int = 8           # sequences in a batch
+    batch_size: int = 8           # sequences in a batch, over all GPUs
     block_size: int = 128         # tokens in a sequence
     accumulate: int = 1           # batches whose gradients add up to one step
     lr: float = 0.0               # peak learning rate; 0: 0.384 / width, found on the laptop sizes
@@ -82,7 +82,7 @@ def keep_top_k(logits, k):
     if logits is None or not k:
         return logits
     kept = logits.topk(min(k, logits.size(-1)), dim=-1)
-    return torch.full_like(logits, -1e9).scatter(-1, kept.indices, kept.values)   # not -inf: 0 * log 0 is 0
+    return torch.full_like(logits, -1e9).scatter(-1, kept.indices, kept.values)   # -inf would give 0 * inf
 
 
 def distill_loss_reference(hidden, weight, targets, alpha, teacher_hidden=None, teacher_weight=None,
@@ -171,8 +171,9 @@ def train(config, show_progress=True):
     first_step, log = resume(config, students, paths)
     maybe_compile = compiler(device) if config.compile else lambda function: function
     student_forwards = [maybe_compile(student.model.hidden) for student in students]
-    loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
-    if not config.fused:
+    if config.fused:
+        loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
+    else:
         loss_fn = distill_loss_reference
     flops_a_token = len(students) * flops_per_token(shape, backward=True)
     if teacher:
@@ -186,6 +187,8 @@ def train(config, show_progress=True):
     saved_at = logged_at = time.time()
     last_logged = first_step
 
+    # A step: for each micro-batch the teacher's forward, and each student's forward, loss and backward; then
+    # each student's optimizer step. The rest is for several GPUs, float16, NaN and the log.
     for step in range(first_step, config.steps):
         losses = torch.zeros(len(students), 2, device=device)                # ce and kl, means over the step
         micro_weight = 1 / config.accumulate / world         # so that sums over batches and ranks are means
@@ -224,7 +227,7 @@ def train(config, show_progress=True):
         # the log and the saved state; a step that writes neither does not wait for the GPU
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and time.time() - saved_at > config.save_every
-        if logging or saving:                                # float16 may skip steps, but not 17 in a row
+        if logging or saving:                                # float16's scale: 2^16, halved at a skipped step
             if any(student.scaler.get_scale() < 1 for student in students):
                 bad_step.clamp_(max=step)
             if bad_step < config.steps:
@@ -391,11 +394,11 @@ class FusedLoss(torch.autograd.Function):
         th, tw = teacher_hidden, teacher_weight              # (B, T, C') and (V, C'), or (B, T, V) and None
         if th is None:
             alpha = 0.0
-        else:
-            th = th.flatten(0, -2)
         if torch.is_autocast_enabled(device.type):           # products in low precision, the rest in float32
             amp_dtype = torch.get_autocast_dtype(device.type)
-            h, w, th, tw = (x if x is None else x.to(amp_dtype) for x in (h, w, th, tw))
+            h, w, tw = (x if x is None else x.to(amp_dtype) for x in (h, w, tw))
+        if th is not None:
+            th = th.flatten(0, -2).to(th.dtype if tw is None else tw.dtype)
         N, V = len(y), len(w)
         chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
         rows = math.ceil(N / math.ceil(chunks))  # of about equal length, for fewer recompiles
@@ -452,7 +455,7 @@ def compiler(device):
 
 # ---- the command line --------------------------------------------------------
 
-def numbers(text):
+def list_of_numbers(text):
     """'0,0.25' -> (0.0, 0.25). Raises ValueError."""
     return tuple(float(part) for part in text.split(","))
 
@@ -467,7 +470,7 @@ def true_or_false(text):
 def parse_config(argv=None):
     """Command line -> Config."""
     parser = make_parser(f"{__doc__}\nFlags, with their defaults:\n\n{inspect.getsource(Config)}")
-    kinds = {int: whole_number, float: float, str: str, bool: true_or_false, tuple: numbers}
+    kinds = {int: whole_number, float: float, str: str, bool: true_or_false, tuple: list_of_numbers}
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=kinds[f.type], default=f.default, help=argparse.SUPPRESS)
     return Config(**vars(parser.parse_args(argv)))

@@ -6,10 +6,10 @@ What is a model worth: its loss in and out of distribution, downstream tasks, an
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "           # what they write
 
 Models of one block_size see the same windows and items. Both are cut in two halves, from the first and from
-the later held-out documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss
-stands there twice, as it is and calibrated: with the logits divided by the temperature, chosen for each model
-and each set, that is best on the select half. So every model may be as smooth as each set wants it, and a
-gain that is smoothing alone is gone. The second half of the file turns a sweep's results.jsonl into a report.
+the later held-out documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss is
+given twice, as it is and calibrated: with the logits divided by a temperature, fitted for each model and each
+set on the select half. That removes gains from smoothing alone. The second half of the file turns a sweep's
+results.jsonl into a report.
 """
 import json
 import math
@@ -310,9 +310,10 @@ def interval(x):
 
 
 def show(x):
-    """'+0.012 ± 0.003', or the mean alone for a single value."""
+    """'+0.012 ± 0.003', the mean alone for a single value; '(n = 4)' where seeds are missing."""
     mean, half, n = interval(x)
-    return "none" if not n else f"{mean:+.3f}" + (f" ± {half:.3f}" if n > 1 else "")
+    missing = f" (n = {n})" if n < len(x) else ""
+    return "none" if not n else f"{mean:+.3f}" + (f" ± {half:.3f}" if n > 1 else "") + missing
 
 
 def judge(x):
@@ -491,10 +492,11 @@ def write_report(rows, out):
     if not rows:
         raise UserError(f"{out} has no results.jsonl, or it is empty")
     minutes = sum(row["seconds"] for row in rows) / 60
-    text = (f"{len(rows)} models, {minutes:.0f} minutes of one worker, corpus {rows[0]['corpus']}; made from "
+    text = (f"{len(rows)} models, {minutes:.0f} worker-minutes, corpus {rows[0]['corpus']}; made from "
             "results.jsonl by `python sweep.py --report`. Gains are nats per token less than the student "
-            "alone of the same seed. Alpha is chosen on the select halves; figures are of the report halves."
-            "\n")
+            "alone of the same seed. Alpha is chosen on the select halves; all figures are of the report "
+            "halves. Same compute as tokens: the student alone on more tokens, worth the teacher's forward "
+            "passes (its training not counted), at most twice its own.\n")
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
         covers = "each with its own teachers" if s.own_teachers else "given these teachers"
@@ -578,8 +580,8 @@ def main():
     """Evaluate the checkpoints of the command line and print what it asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="distill.py checkpoints")
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="which tokens gain, and "
-                        "whether the teacher knows them: distilled students against students alone")
+    parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="which tokens gain: "
+                        "distilled students against students alone, by whether the teacher is right")
     parser.add_argument("--json", action="store_true", help="print what evaluate() returns, as JSON")
     parser.add_argument("--sample", metavar="TEXT", help="print each checkpoint's continuation of this text")
     parser.add_argument("--data", default="data/python", help="corpus folder (default: data/python)")
@@ -592,7 +594,7 @@ def main():
     tokenizer = load_meta(args.data)["tokenizer"]
     models = [load_checkpoint(path, device, tokenizer) for path in args.checkpoints]
     teachers = [load_checkpoint(path, device, tokenizer) for path in args.teacher]
-    if not args.json and len({model.config.block_size for model, _ in models + teachers}) > 1:
+    if (teachers or not args.json) and len({model.config.block_size for model, _ in models + teachers}) > 1:
         raise UserError("these models have different context lengths: evaluate one at a time, or use --json")
     if teachers:
         print_token_gains(models, teachers, args.data, args.windows)

@@ -1,6 +1,6 @@
 """
-A Llama-style GPT, its checkpoint, and its way out to transformers. Teacher and student are one class; beside
-it stands Table, the weakest of teachers, which only counts.
+A Llama-style GPT, its checkpoints, and their export to transformers. Teacher and student are one class; Table
+is the weakest of teachers, a unigram or bigram model, which only counts.
 
     python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and what reads its folders
 
@@ -167,7 +167,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), sampled; temperature 0: the likeliest; top_k: of k."""
+        """idx (B, T) -> (B, T + max_new_tokens), temperature 0: greedy; top_k: of the k likeliest."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[:, -1] / max(temperature, 1e-5)  # (B, V)
             if top_k is not None:
@@ -210,9 +210,9 @@ class Table(nn.Module):
 
 def flops_per_token(config, backward=False):
     """
-    FLOPs a token at full context: 2 for each weight of a matrix product and 4 T C a layer for attention, the
-    causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); three times that with the backward pass; a
-    table costs none.
+    FLOPs per token at full context: 2 for each weight of a matrix product and 4 T C a layer for attention,
+    the causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); three times that with the backward
+    pass; none for a table.
     """
     if config.counts:
         return 0

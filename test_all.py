@@ -1107,6 +1107,17 @@ def test_results_are_read_with_care(tmp_path):
             evaluation.read_rows(path)
 
 
+def test_reports_are_of_the_rows_beside_them_and_readme_quotes_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "draw", lambda *_: None)
+    known = (HERE / "results" / "README.md").read_text("utf-8")
+    for path in (HERE / "results").glob("*/report.md"):
+        report = evaluation.write_report(evaluation.read_rows(path.parent / "results.jsonl"), str(tmp_path))
+        assert path.read_text("utf-8") == report, path
+        known += report
+    figures = regex.findall(r"\d\.\d{3} ± \d\.\d{3}", (HERE / "README.md").read_text("utf-8"))
+    assert figures and all(figure in known for figure in figures), figures
+
+
 def test_names_of_models_that_differ_differ():
     for tokens in (1, 999, 1000, 1024, 1000001, 1000002, 3 * 2**19, 1500000, 2**21, 50 * 10**9, 10**9 + 1):
         name = evaluation.model_name("xs", tokens)
