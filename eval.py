@@ -309,11 +309,11 @@ def interval(x):
     return x.mean(), T_975[min(n - 1, len(T_975)) - 1] * x.std(ddof=1) / math.sqrt(n), n
 
 
-def show(x):
+def show(x, digits=3):
     """'+0.012 ± 0.003', the mean alone for a single value; '(n = 4)' where seeds are missing."""
     mean, half, n = interval(x)
     missing = f" (n = {n})" if n < len(x) else ""
-    return "none" if not n else f"{mean:+.3f}" + (f" ± {half:.3f}" if n > 1 else "") + missing
+    return "none" if not n else f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "") + missing
 
 
 def judge(x):
@@ -515,10 +515,9 @@ def write_report(rows, out):
         text += f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
         for i, teacher in enumerate(s.teachers):
             gains = (s.best[i, :, IN], s.best[i, :, OUT], s.best_calibrated[i], s.best_robustness[i],
-                     s.best_robustness_calibrated[i], s.gain[i, -1, :, OUT], s.same_compute[i],
-                     s.best[i, :, TASK])
+                     s.best_robustness_calibrated[i], s.gain[i, -1, :, OUT], s.same_compute[i])
             text += (f"| {teacher} | {s.weakness[i]:+.3f} | {s.best_alpha[i]:g} | "
-                     f"{' | '.join(map(show, gains))} |\n")
+                     f"{' | '.join(map(show, gains))} | {show(s.best[i, :, TASK], 1)} |\n")
         try:
             draw(s, f"{out}/findings_{student}.png")
             text += f"\n![the findings](findings_{student}.png)\n"

@@ -465,18 +465,6 @@ def test_fused_loss_equals_the_plain_one(chunk, top_k, teacher, monkeypatch):
                 assert fused.shape == plain.shape and torch.allclose(fused, plain, atol=1e-5)
 
 
-def test_chunks_are_equal(monkeypatch):
-    hidden, weight, targets, *_ = pair(B=3, T=4)              # 12 tokens
-    for most, expected in ((5, [4, 4, 4]), (4, [4, 4, 4]), (99, [12])):
-        seen = []
-        def chunk_fn(z, *rest):
-            seen.append(len(z))
-            return distill.chunk_loss(z, *rest)
-        monkeypatch.setattr(distill, "CHUNK_TOKENS", most)
-        distill.distill_loss(hidden, weight, targets, 0.0, chunk_fn=chunk_fn)
-        assert seen == expected
-
-
 def test_fused_loss_in_low_precision_compiled_and_twice(monkeypatch):
     monkeypatch.setattr(distill, "CHUNK_TOKENS", 4)
     hidden, weight, targets, th, tw = pair(7)
