@@ -365,17 +365,18 @@ def study(rows, student):
     """
     taught_rows = [row for row in rows if row["model"] == student and row["teacher"]]
     teachers, alphas, seeds = (sorted({row[k] for row in taught_rows}) for k in ("teacher", "alpha", "seed"))
-    found = defaultdict(list)
+    found, teacher_seeds = defaultdict(list), defaultdict(set)
     for row in rows:
         found[row["model"], row["seed"], row["teacher"], row["alpha"]].append(measures(row))
-    teacher_seeds = {(row["teacher"], row["seed"], row["teacher_seed"]) for row in taught_rows}
+    for row in taught_rows:
+        teacher_seeds[row["teacher"], row["seed"]].add(row["teacher_seed"])
 
     def mean_of(several):
         return np.mean(several, axis=0) if several else np.full((2, 5), np.nan)
     size, tokens = parse_model(student)
     budgets = [model_name(size, round(n * tokens)) for n in TIMES]
     alone = np.array([[mean_of(found[model, s, None, 0.0]) for s in seeds] for model in budgets])
-    own = np.array([[mean_of([m for t2, s2, teacher_seed in teacher_seeds if (t, s) == (t2, s2)
+    own = np.array([[mean_of([m for teacher_seed in sorted(teacher_seeds[t, s])
                               for m in found[t, teacher_seed, None, 0.0]]) for s in seeds] for t in teachers])
     taught = np.array([[[mean_of(found[student, s, t, a]) for s in seeds] for a in alphas] for t in teachers])
 
