@@ -908,6 +908,8 @@ def test_interval_is_students():
     mean, half, n = evaluation.interval([1.0, 2.0, math.nan, 4.0])
     assert n == 3 and abs(mean - 7 / 3) < 1e-12 and abs(half - 4.303 * 1.527525 / math.sqrt(3)) < 1e-4
     assert evaluation.interval([3.0]) == (3.0, math.inf, 1)
+    assert evaluation.show([1.0, 2.0, math.nan, 4.0]) == "+2.333 ± 3.795 (n = 3)"
+    assert evaluation.show([1.0, 2.0, 4.0], 1) == "+2.3 ± 3.8" and evaluation.show([math.nan]) == "none"
     rng, hits = random.Random(0), 0
     for _ in range(2000):                                     # it holds the truth 95 times in 100
         mean, half, _ = evaluation.interval([rng.gauss(5, 2) for _ in range(4)])
