@@ -162,7 +162,7 @@ def evenly_spaced(items, most):
 def bracket_items(sets, pairs=63):
     """
     The task `brackets`: a file of Python is cut before a ) or ], right after a letter or a digit, where the
-    tokenizer cuts as well. Which of the two comes next? At most so many pairs of items, a ) and a ], from
+    tokenizer cuts as well. Which of the two comes next? At most `pairs` pairs of items, a ) and a ], from
     either half of each of the sets of documents -> items, the first half of them from the first halves.
     """
     halves = [], []
@@ -196,7 +196,7 @@ def bracket_pairs(documents):
 
 def bracket_item(text, start, end):
     """The item of a text cut at end, before the bracket that closes the one at start."""
-    first = max(0, end - 280)                                # at most so many characters
+    first = max(0, end - 280)                                # at most 280 characters
     if first:                                                # in whole lines, but not without its opener
         first = text.find("\n", first, start) + 1 or first
     rest = text[end + 1:end + 31].partition("\n")[0]
@@ -288,7 +288,7 @@ def python_corpus(ood, vocab_size, **_):
 
 
 def text_corpus(ood, vocab_size, train, **_):
-    """Files of one's own. -> as python_corpus."""
+    """The user's own files. -> as python_corpus."""
     in_domain = [piece for path in train for piece in pieces(path)]
     return *learn_and_encode(split_documents(in_domain, {}, ood), vocab_size), {}
 
@@ -315,7 +315,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
             tasks=None):
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
-    "fineweb-edu", with so many training tokens. vocab_size counts the bytes, the merges and end-of-text;
+    "fineweb-edu", with `tokens` training tokens. vocab_size counts the bytes, the merges and end-of-text;
     tasks = {name: file of items}. A finished out_dir of the same arguments is left as it is; another is an
     error. Raises UserError, OSError.
     """

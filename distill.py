@@ -6,12 +6,12 @@ The loss and the training loop. A teacher is a run with alpha = 0; a student is 
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0,0.25,1 --out out/taught
     torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...     # 8 GPUs share a batch
 
-For a token with label y, student logits z, teacher logits t and temperature T (T = 1 in the paper)
+For a token with label y, student logits z, teacher logits t and temperature T (1 in the paper, reportedly)
 
     loss = (1 - alpha) * CE(z, y)  +  alpha * T^2 * KL( softmax(t/T) || softmax(z/T) )
 
-Several alphas train that many students side by side, on the same batches, with one teacher forward for all.
-If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
+Several alphas train that many students side by side, on the same batches, with one teacher forward pass for
+all. If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
 ckpt.pt (with several alphas alpha_A/ckpt.pt), log.jsonl, and state.pt while the run is unfinished.
 
 "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857; Hinton et al., 1503.02531.
@@ -311,7 +311,7 @@ def save_counts(config, shape, tokens, path, settings):
 
 
 def checkpoint_path(config, alpha):
-    """Where the student of this alpha is saved at its end."""
+    """Where the student of this alpha is saved when done."""
     return f"{config.out}/ckpt.pt" if len(config.alpha) == 1 else f"{config.out}/alpha_{alpha:g}/ckpt.pt"
 
 

@@ -1,12 +1,12 @@
 """
-What is a model worth: its loss in and out of distribution, downstream tasks, and which tokens gain.
+What a model is worth: its loss in and out of distribution, downstream tasks, and where its gain lies.
 
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt                           # a table of both
-    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt  # which tokens gain
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt  # on which tokens
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "           # what they write
 
-Models of one block_size see the same windows and items. Both are cut in two halves, from the first and from
-the later held-out documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss is
+Models of one block_size see the same windows and items. Both are split in half, earlier and later held-out
+documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss is
 given twice, as it is and calibrated: with the logits divided by a temperature, fitted for each model and each
 set on the select half. That removes gains from smoothing alone. The second half of the file turns a sweep's
 results.jsonl into a report.
@@ -100,7 +100,7 @@ def score_items(model, encoding, items):
     for item in items:
         context = encoding.encode_ordinary(item["context"])
         for choice in item["choices"]:
-            ids = encoding.encode_ordinary(choice)[:T]       # of a longer choice, so much is scored
+            ids = encoding.encode_ordinary(choice)[:T]       # a longer choice is scored this far
             row = [encoding.eot_token, *context, *ids][-T - 1:]
             spans.append((len(row) - 1 - len(ids), len(row) - 1, len(encoding.decode(ids))))
             rows.append(row)
@@ -151,7 +151,7 @@ def evaluate(model, data_dir, windows=256, items=500):
 
 def token_gains(base, student, teacher, data_dir, windows=256):
     """
-    Where does the student gain on the baseline, on the report halves? -> {"in_domain": x, "out": x}, x =
+    Where does the student gain over the baseline, on the report halves? -> {"in_domain": x, "out": x}, x =
     {"gain": nats per token, "groups": {name: (share, gain)}}, the groups by who predicts the token right
     (argmax). Shares times gains add up to the gain.
     """
@@ -173,13 +173,13 @@ def token_gains(base, student, teacher, data_dir, windows=256):
 
 def print_token_gains(models, teachers, data_dir, windows):
     """
-    token_gains of each student on the student alone of its seed, the mean over seeds. Where a model was
+    token_gains of each student over the student alone of its seed, mean over seeds. Where a model was
     unlucky any other model gains: so beside it the gain less that of the student alone of another seed.
     """
     alone = {extra["settings"]["seed"]: model for model, extra in models if not extra["alpha"]}
     taught = [(model, extra["settings"]) for model, extra in models if extra["alpha"]]
     if not taught or not {settings["seed"] for _, settings in taught} <= alone.keys():
-        raise UserError("--teacher needs distilled students, and for each the student alone of the same seed")
+        raise UserError("--teacher needs distilled students and, for each, the student alone of its seed")
     found, seeds = defaultdict(list), sorted(alone)
     for student, settings in taught:
         own = [model for model, extra in teachers if extra["settings"] == settings["teacher"]]
@@ -190,7 +190,7 @@ def print_token_gains(models, teachers, data_dir, windows):
             found[where, "all tokens"].append((1, x["gain"], x["gain"] - luck[where]["gain"]))
             for group, (share, gain) in x["groups"].items():
                 found[where, group].append((share, gain, gain - luck[where]["groups"][group][1]))
-    print(f"gain on the student alone, nats per token, {len(taught)} students; by who is right (argmax)")
+    print(f"gain over the student alone, nats per token, {len(taught)} students; by who is right (argmax)")
     print(f"{'':33} {'share':>7}   {'gain':18}" + "net of another seed" * (len(alone) > 1))
     for (where, group), values in found.items():
         share, gain, net = np.array(values).T
@@ -199,7 +199,7 @@ def print_token_gains(models, teachers, data_dir, windows):
 
 
 def print_table(paths, models, data_dir, windows):
-    """Checkpoints side by side: a line a measure, a column each, in brackets the gain on the first."""
+    """Checkpoints side by side: a line per measure, a column each, in brackets the gain over the first."""
     for i, (path, (_, extra)) in enumerate(zip(paths, models)):
         settings, alpha = extra["settings"], extra["alpha"]
         taught = f", alpha {alpha:g} from {settings['teacher']['size']}" if alpha else ""
@@ -217,7 +217,7 @@ def print_table(paths, models, data_dir, windows):
                          ("tasks: probability of the right choice; accuracy", ("task/", "accuracy/"))):
         names = [name for name in metrics[0] if name.startswith(kinds)]
         if names:
-            print(f"\n{title}; in brackets the gain on [0]\n{'report half':26}{columns}".rstrip())
+            print(f"\n{title}; in brackets the gain over [0]\n{'report half':26}{columns}".rstrip())
         for name in names:
             line = f"{name:26}"
             for i, m in enumerate(metrics):
@@ -229,13 +229,13 @@ def print_table(paths, models, data_dir, windows):
 
 
 # ------------------------------------------------------------------------------
-# What does a study show? From here on everything is a function of the rows of results.jsonl, one a model:
+# What does a study show? From here on all is a function of the rows of results.jsonl, one per model:
 # {"model": "s@1.5M", "seed": 1, "teacher": null or "xs@2M", "teacher_seed": null or 1001, "alpha": 0.25,
 #  "corpus": fingerprint, "flops": of its training, "teacher_flops": of its teacher's forward passes,
 #  "seconds": 39.8, "metrics": what evaluate() returns}
 
 KEYS = ("model", "seed", "teacher", "teacher_seed", "alpha")                 # which model a row is of
-TIMES = (0.5, 1, 2)                      # the student alone is trained on so many times its tokens
+TIMES = (0.5, 1, 2)                      # the student alone is trained on these multiples of its tokens
 SELECT, REPORT = range(2)                # the halves: to choose on, to quote from
 IN, OUT, CALIBRATED_IN, CALIBRATED_OUT, TASK = range(5)      # what measures() gives
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
@@ -317,7 +317,7 @@ def show(x, digits=3):
 
 
 def judge(x):
-    """The verdict, which takes three seeds, on a claim that holds where x is above 0."""
+    """The verdict (it takes three seeds) on a claim that holds where x is above 0."""
     mean, half, n = interval(x)
     if n < 3:
         return "not tested" if not n else "seen, too few seeds" if mean > 0 else "not seen, too few seeds"
@@ -429,7 +429,7 @@ def weak_teacher_helps(s):
 def teachers_by_size(s):
     """Indices of the teachers of the largest budget, by size, each better than all before at every seed."""
     sizes, tokens = zip(*map(parse_model, s.teachers))
-    path, most = [], max(tokens)
+    path, most = [], max((n for n, network in zip(tokens, s.network) if network), default=0)
     for i in sorted(range(len(sizes)), key=lambda i: list(SIZES).index(sizes[i])):
         if s.network[i] and tokens[i] == most and not any((s.own[i] >= s.own[j]).any() for j in path):
             path.append(i)
@@ -440,7 +440,7 @@ def stronger_teacher_saturates(s):
     """Rule 2: by size, the gain outside per nat of teacher is lower on the last step than on the first."""
     path = teachers_by_size(s)
     if len(path) < 3:
-        return "not tested", "There are no three teachers of one budget, each better than the smaller one."
+        return "not tested", "It takes three teachers of one budget, each better than the smaller one."
     slopes = np.diff(s.best[path, :, OUT], axis=0) / -np.diff(s.own[path], axis=0)     # (steps, S)
     verdict, (mean, half, _) = judge(slopes[0] - slopes[-1]), interval(slopes[-1])
     if verdict == "reproduced":
@@ -460,7 +460,7 @@ def generalisation_first(s):
         mean_of(kind, s.robustness_calibrated) for kind in (s.network, ~s.network))
     within = ~np.isnan(s.robustness[s.network]).all(-1)      # (T, A)
     return judge(everything), (
-        f"Effective robustness of {within.sum()} of {within.size} cells {show(everything)}; from weak "
+        f"Effective robustness of {within.sum()} of {within.size} students is {show(everything)}; from weak "
         f"teachers {show(weak)}, from strong ones {show(strong)}, weak minus strong {show(weak - strong)}; "
         f"from tables that count {show(tables)}. Calibrated: from networks {show(calibrated)}, from tables "
         f"{show(calibrated_tables)}.")
@@ -471,7 +471,8 @@ def more_than_smoothing(s):
     weak, tables = s.weak, np.flatnonzero(~s.network)
     if not weak.any() or not len(tables):
         return "not tested", "It takes a weak network and a table that counts."
-    best = tables[np.argmax([interval(x)[0] for x in s.select_calibrated[tables]])]
+    means = np.array([interval(x)[0] for x in s.select_calibrated[tables]])
+    best = tables[np.nan_to_num(means, nan=-np.inf).argmax()]
     gain, table = mean_over(s.best_calibrated[weak]), s.best_calibrated[best]
     verdicts = {judge(gain), judge(gain - table)}            # the worse of the two
     verdict = next(word for word in ("not tested", "not seen, too few seeds", "seen, too few seeds",
@@ -494,7 +495,7 @@ def write_report(rows, out):
         raise UserError(f"{out} has no results.jsonl, or it is empty")
     minutes = sum(row["seconds"] for row in rows) / 60
     text = (f"{len(rows)} models, {minutes:.0f} worker-minutes, corpus {rows[0]['corpus']}; made from "
-            "results.jsonl by `python sweep.py --report`. Gains are nats per token less than the student "
+            "results.jsonl by `python sweep.py --report`. Gains are in nats per token, over the student "
             "alone of the same seed. Alpha is chosen on the select halves; all figures are of the report "
             "halves. Same compute as tokens: the student alone on more tokens, worth the teacher's forward "
             "passes (its training not counted), at most twice its own.\n")
@@ -508,8 +509,8 @@ def write_report(rows, out):
             text += f"{i}. **{claim}: {verdict}.** {seen}\n"
         inside, outside, task = (interval(s.alone[1, :, where])[0] for where in (IN, OUT, TASK))
         text += (f"\nAlone it reaches {inside:.3f} nats in domain, {outside:.3f} outside"
-                 f"{f', {task:.1f} % in the task' if task > 0 else ''}. A teacher whose own loss in domain "
-                 "is worse is weak. Calibrated columns are at the alpha that is best calibrated.\n\n")
+                 f"{f', {task:.1f} % in the task' if task > 0 else ''}. A teacher is weak if its own loss in "
+                 "domain is worse. Calibrated columns: at the alpha that is best after calibration.\n\n")
         columns = ("teacher", "worse in domain", "best alpha", "gain in domain", "gain outside",
                    "outside, calibrated", "effective robustness", "the same, calibrated",
                    f"outside at alpha {s.alphas[-1]:g}", "same compute as tokens", "task, points")
@@ -580,8 +581,8 @@ def main():
     """Evaluate the checkpoints of the command line and print what it asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="distill.py checkpoints")
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="which tokens gain: "
-                        "distilled students against students alone, by whether the teacher is right")
+    parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="on which tokens "
+                        "students gain over students alone, by whether the teacher is right")
     parser.add_argument("--json", action="store_true", help="print what evaluate() returns, as JSON")
     parser.add_argument("--sample", metavar="TEXT", help="print each checkpoint's continuation of this text")
     parser.add_argument("--data", default="data/python", help="corpus folder (default: data/python)")

@@ -190,7 +190,7 @@ def sweep(scale, data, out, jobs, device):
                     lines = write_report([*rows.values()], out).splitlines()
                     bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
     except futures.process.BrokenProcessPool:
-        raise UserError("a worker died (out of memory? --jobs 1); rerun the same command to resume") from None
+        raise UserError("a worker died: out of memory? rerun the same command, with --jobs 1") from None
     except UserError as e:
         raise UserError(f"{run.name}: {e}") from None
     finally:
@@ -210,7 +210,7 @@ def main():
     parser.add_argument("--seeds", metavar="N,N", help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: cores; on a GPU 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="parallel runs (default: cores; on a GPU, 1)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     parser.add_argument("--dry_run", action="store_true", help="only print every run with its FLOPs")
     parser.add_argument("--report", metavar="DIR", help="only rewrite report and figure of DIR/results.jsonl")

@@ -983,8 +983,9 @@ def test_each_rule_on_rows_with_and_without_its_finding_and_in_between():
     assert verdicts(made_up(strong))[:2] == ["not tested", "not tested"]           # none is weaker; two sizes
     no_better = {**PAPER, ("l@32M", 2.3): {0.25: (0.0, 0.0), 1.0: (0.0, 0.9)}}     # larger, but no stronger
     assert verdicts(made_up(no_better))[1] == "reproduced, reverses"
-    counts = {**PAPER, ("bigram@32M", 3.5): {0.25: (-0.5, -0.9), 1.0: (-3.0, -3.0)}}
-    assert verdicts(made_up(counts)) == verdicts(made_up(PAPER))                # a table counts in none
+    for table in ("bigram@32M", "bigram@64M"):                # a table counts in none, whatever its budget
+        counts = {**PAPER, (table, 3.5): {0.25: (-0.5, -0.9), 1.0: (-3.0, -3.0)}}
+        assert verdicts(made_up(counts)) == verdicts(made_up(PAPER))
 
 
 def test_more_than_smoothing():
@@ -1016,6 +1017,10 @@ def test_more_than_smoothing():
     verdict, seen = evaluation.more_than_smoothing(evaluation.study(rows, STUDENT))
     assert "bring +0.035 ± 0.000 outside (as it is +0.040" in seen
     assert "bigram@32M at alpha 0.25) -0.030" in seen
+    rows = [row for row in rows if row["teacher"] != "unigram@32M" or row["seed"] == 1]
+    lost = [row for row in rows if (row["model"], row["seed"]) != (STUDENT, 1) or row["teacher"]]
+    _, seen = evaluation.more_than_smoothing(evaluation.study(lost, STUDENT))    # unigram has none
+    assert "bigram@32M at alpha 0.25) -0.030" in seen
 
 
 def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
@@ -1040,7 +1045,7 @@ def test_robustness_is_the_distance_below_the_curve_and_never_extrapolated():
     counted = np.mean([s.robustness[0], s.robustness[1], s.robustness[2], s.robustness[3, [1, 1]]], (0, 1))
     seven = (8 * counted - s.robustness[3, 1]) / 7            # of eight cells one lies beyond the curve
     _, seen = evaluation.generalisation_first(s)
-    assert f"Effective robustness of 7 of 8 cells {evaluation.show(seven)};" in seen
+    assert f"Effective robustness of 7 of 8 students is {evaluation.show(seven)};" in seen
     assert np.allclose(s.robustness_calibrated, s.robustness, equal_nan=True)
     x, y = np.random.default_rng(0).normal(size=(2, 3))
     assert np.isclose(evaluation.parabola(x, y, 0.3), np.polyval(np.polyfit(x, y, 2), 0.3))
@@ -1167,7 +1172,7 @@ def test_a_failing_and_a_killed_worker_end_the_sweep_with_a_line(corpus, tmp_pat
             time.sleep(0.01)
         multiprocessing.active_children()[0].kill()
     threading.Thread(target=kill_one, daemon=True).start()
-    with pytest.raises(data.UserError, match="a worker died.*rerun the same command to resume"):
+    with pytest.raises(data.UserError, match="a worker died.*rerun the same command"):
         sweep.sweep(scale, corpus, str(tmp_path / "killed"), 2, "cpu")
     assert not multiprocessing.active_children()
 
