@@ -394,10 +394,13 @@ def study(rows, student):
         effective_robustness((alone[..., i], alone[..., o]), (taught[..., i], taught[..., o]))
         for i, o in ((IN, OUT), (CALIBRATED_IN, CALIBRATED_OUT)))            # (T, A, S) each
 
-    # the compute of the teacher's forward passes as more tokens for the student alone, at most twice its own
-    more = {row["teacher"]: 1 + row["teacher_flops"] / row["flops"] for row in taught_rows}
-    times, y = np.array([[min(more[t], TIMES[-1])] for t in teachers]), alone[..., OUT]
-    same_compute = y[1] - parabola(np.log(TIMES), y, np.log(times))          # (T, S)
+    # the compute of the teacher's forward passes, or of these and its training, as tokens for the student
+    training, times = {row["model"]: row["flops"] for row in rows if not row["teacher"]}, {}
+    for row in taught_rows:
+        forward, t = row["teacher_flops"], row["teacher"]
+        times[t] = 1 + np.array([[forward], [forward + training.get(t, math.nan)]]) / row["flops"]
+    times, y = np.array([times[t] for t in teachers]).clip(max=TIMES[-1]), alone[..., OUT]      # (T, 2, 1)
+    same_compute = y[1] - parabola(np.log(TIMES), y, np.log(times))          # (T, 2, S)
 
     sets = {frozenset(row["teacher_seed"] for row in taught_rows if row["seed"] == s) for s in seeds}
     weakness = np.array([interval(x)[0] for x in weakness])                  # (T,)
@@ -498,7 +501,7 @@ def write_report(rows, out):
             "results.jsonl by `python sweep.py --report`. Gains are in nats per token, over the student "
             "alone of the same seed. Alpha is chosen on the select halves; all figures are of the report "
             "halves. Same compute as tokens: the student alone on more tokens, worth the teacher's forward "
-            "passes (its training not counted), at most twice its own.\n")
+            "passes, or these and its training; at most twice its own.\n")
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
         covers = "each with its own teachers" if s.own_teachers else "given these teachers"
@@ -513,11 +516,12 @@ def write_report(rows, out):
                  "domain is worse. Calibrated columns: at the alpha that is best after calibration.\n\n")
         columns = ("teacher", "worse in domain", "best alpha", "gain in domain", "gain outside",
                    "outside, calibrated", "effective robustness", "the same, calibrated",
-                   f"outside at alpha {s.alphas[-1]:g}", "same compute as tokens", "task, points")
+                   f"outside at alpha {s.alphas[-1]:g}", "same compute as tokens",
+                   "training too", "task, points")
         text += f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
         for i, teacher in enumerate(s.teachers):
             gains = (s.best[i, :, IN], s.best[i, :, OUT], s.best_calibrated[i], s.best_robustness[i],
-                     s.best_robustness_calibrated[i], s.gain[i, -1, :, OUT], s.same_compute[i])
+                     s.best_robustness_calibrated[i], s.gain[i, -1, :, OUT], *s.same_compute[i])
             text += (f"| {teacher} | {s.weakness[i]:+.3f} | {s.best_alpha[i]:g} | "
                      f"{' | '.join(map(show, gains))} | {show(s.best[i, :, TASK], 1)} |\n")
         try:
@@ -543,7 +547,7 @@ def draw(s, path):
         line(first, s.gain[:, a, :, OUT], label=f"alpha {alpha:g}", marker="os^D"[a % 4], lw=1,
              color=str(0.7 - 0.7 * a / len(s.alphas)), ls=("-", "--", "-.", ":")[a % 4])
     line(second, s.best[..., OUT], -0.1, label="at its best alpha", marker="o", color="black", ls="none")
-    line(second, s.same_compute, 0.1, label="same compute as tokens", marker="x", color="0.6", ls="none")
+    line(second, s.same_compute[:, 0], 0.1, label="same compute as tokens", marker="x", color=".6", ls="none")
     line(fourth, s.best[..., OUT], -0.1, label="as it is", marker="o", color="0.6", ls="none")
     line(fourth, s.best_calibrated, 0.1, label="calibrated", marker="s", color="black", mfc="w", ls="none")
     names = [f"{t.replace('@', chr(10) + '@')}\n{w:+.2f}" for t, w in zip(s.teachers, s.weakness)]
