@@ -212,20 +212,17 @@ def print_table(paths, models, data_dir, windows):
             if outside:
                 m[f"{kind}ood, mean"] = {"report": np.mean(outside)}
     columns = "".join(f"{f'[{i}]':30}" for i in range(len(paths)))
-    for title, kinds in (("loss, nats per token; perplexity", ("in_domain", "ood/", "ood, mean")),
-                         ("calibrated: with a temperature for each model and set", ("calibrated/",)),
-                         ("tasks: probability of the right choice; accuracy", ("task/", "accuracy/"))):
-        names = [name for name in metrics[0] if name.startswith(kinds)]
-        if names:
-            print(f"\n{title}; in brackets the gain over [0]\n{'report half':26}{columns}".rstrip())
-        for name in names:
-            line = f"{name:26}"
-            for i, m in enumerate(metrics):
-                x, is_loss = m[name]["report"], not title.startswith("tasks")
-                gain = (x - metrics[0][name]["report"]) * (-1 if is_loss else 1)
-                perplexity = f"{torch.tensor(x).exp():.2f}" if is_loss else ""       # inf where too large
-                line += f"{x:7.4f} {perplexity:>9} {f'({gain:+.4f})' if i else '':12}"
-            print(line.rstrip())
+    print("\nreport half: nats per token, perplexity; task: probability of the right choice; accuracy")
+    print(f"{'in brackets: gain over [0]':28}{columns}".rstrip())
+    kinds = "in_domain", "ood/", "ood, mean", "calibrated/", "task/", "accuracy/"
+    for name in (name for kind in kinds for name in metrics[0] if name.startswith(kind)):
+        line, is_loss = f"{name:26}", not name.startswith(kinds[-2:])
+        for i, m in enumerate(metrics):
+            x = m[name]["report"]
+            gain = (x - metrics[0][name]["report"]) * (-1 if is_loss else 1)
+            perplexity = f"{torch.tensor(x).exp():.2f}" if is_loss else ""       # inf where too large
+            line += f"{x:7.4f} {perplexity:>9} {f'({gain:+.4f})' if i else '':12}"
+        print(line.rstrip())
 
 
 # ------------------------------------------------------------------------------
