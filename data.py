@@ -217,9 +217,10 @@ def read_items(path):
             item = json.loads(line)
             if "ctx" in item:
                 item |= {"context": item["ctx"], "choices": [f" {ending}" for ending in item["endings"]]}
-            context, choices, label = item["context"], item["choices"], int(item["label"])
+            context, choices = item["context"], item["choices"]
+            label = [str(i) for i in range(len(choices))].index(str(item["label"]))      # 1 or "1"
             texts = isinstance(choices, list) and all(isinstance(text, str) for text in (context, *choices))
-            if not texts or not all(choices) or str(item["label"]) not in map(str, range(len(choices))):
+            if not texts or not all(choices):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
             raise UserError(f'{path}: line {number} is not an item: "context", "choices", "label" (or "ctx", '

@@ -394,11 +394,13 @@ class FusedLoss(torch.autograd.Function):
         th, tw = teacher_hidden, teacher_weight              # (B, T, C') and (V, C'), or (B, T, V) and None
         if th is None:
             alpha = 0.0
+        else:
+            th = th.flatten(0, -2)
         if torch.is_autocast_enabled(device.type):           # products in low precision, the rest in float32
             amp_dtype = torch.get_autocast_dtype(device.type)
             h, w, tw = (x if x is None else x.to(amp_dtype) for x in (h, w, tw))
-        if th is not None:
-            th = th.flatten(0, -2).to(th.dtype if tw is None else tw.dtype)
+        if tw is not None:                                   # given logits stay as they are
+            th = th.to(tw.dtype)
         N, V = len(y), len(w)
         chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
         rows = math.ceil(N / math.ceil(chunks))  # of about equal length, for fewer recompiles

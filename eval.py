@@ -6,10 +6,10 @@ What a model is worth: its loss in and out of distribution, downstream tasks, an
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "           # what they write
 
 Models of one block_size see the same windows and items. Both are split in half, earlier and later held-out
-documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss is
-given twice, as it is and calibrated: with the logits divided by a temperature, fitted for each model and each
-set on the select half. That removes gains from smoothing alone. The second half of the file turns a sweep's
-results.jsonl into a report.
+documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss is given twice, as it
+is and calibrated: with the logits divided by a temperature, fitted for each model and each set on the select
+half. That removes gains from smoothing alone. The second half of the file turns a sweep's results.jsonl into
+a report.
 """
 import json
 import math
@@ -215,7 +215,8 @@ def print_table(paths, models, data_dir, windows):
     print("\nreport half: nats per token, perplexity; task: probability of the right choice; accuracy")
     print(f"{'in brackets: gain over [0]':28}{columns}".rstrip())
     kinds = "in_domain", "ood/", "ood, mean", "calibrated/", "task/", "accuracy/"
-    for name in (name for kind in kinds for name in metrics[0] if name.startswith(kind)):
+    names = [name for kind in kinds for name in metrics[0] if name.startswith(kind)]
+    for name in names:
         line, is_loss = f"{name:26}", not name.startswith(kinds[-2:])
         for i, m in enumerate(metrics):
             x = m[name]["report"]
@@ -335,13 +336,10 @@ def mean_over(cells):
     return cells[2 * seeds >= seeds.max()].mean(0)
 
 
-def choose_alpha(gain):
-    """Gains of the select halves (T, A, S) -> (T,), index of the alpha of the largest mean, at most seeds."""
-    best = []
-    for by_alpha in gain:                                    # (A, S)
-        mean, n = np.array([interval(x) for x in by_alpha]).T[[0, 2]]
-        best.append(np.where(n == n.max(), mean, -np.inf).argmax())
-    return np.array(best)
+def choose(gains):
+    """Gains of the select halves (N, S) -> index of the largest mean, among those with the most seeds."""
+    mean, n = np.array([interval(x) for x in gains]).T[[0, 2]]
+    return np.where(n == n.max(), mean, -np.inf).argmax()
 
 
 def effective_robustness(alone, taught):
@@ -384,7 +382,8 @@ def study(rows, student):
 
     # alpha is chosen on the select halves; all else is of the report halves
     every = np.arange(len(teachers))
-    pick, pick_calibrated = (choose_alpha(gain[..., SELECT, what]) for what in (OUT, CALIBRATED_OUT))
+    pick, pick_calibrated = (np.array([choose(by_alpha) for by_alpha in gain[..., SELECT, what]])
+                             for what in (OUT, CALIBRATED_OUT))
     select_calibrated = gain[every, pick_calibrated, :, SELECT, CALIBRATED_OUT]              # (T, S)
     alone, own, taught, gain = (x[..., REPORT, :] for x in (alone, own, taught, gain))
     robustness, robustness_calibrated = (
@@ -392,11 +391,12 @@ def study(rows, student):
         for i, o in ((IN, OUT), (CALIBRATED_IN, CALIBRATED_OUT)))            # (T, A, S) each
 
     # the compute of the teacher's forward passes, or of these and its training, as tokens for the student
-    training, times = {row["model"]: row["flops"] for row in rows if not row["teacher"]}, {}
+    training, more = {row["model"]: row["flops"] for row in rows if not row["teacher"]}, {}
     for row in taught_rows:
         forward, t = row["teacher_flops"], row["teacher"]
-        times[t] = 1 + np.array([[forward], [forward + training.get(t, math.nan)]]) / row["flops"]
-    times, y = np.array([times[t] for t in teachers]).clip(max=TIMES[-1]), alone[..., OUT]      # (T, 2, 1)
+        more[t] = [1 + forward / row["flops"], 1 + (forward + training.get(t, math.nan)) / row["flops"]]
+    times = np.array([more[t] for t in teachers])[..., None].clip(max=TIMES[-1])           # (T, 2, 1)
+    y = alone[..., OUT]
     same_compute = y[1] - parabola(np.log(TIMES), y, np.log(times))          # (T, 2, S)
 
     sets = {frozenset(row["teacher_seed"] for row in taught_rows if row["seed"] == s) for s in seeds}
@@ -429,9 +429,10 @@ def weak_teacher_helps(s):
 def teachers_by_size(s):
     """Indices of the teachers of the largest budget, by size, each better than all before at every seed."""
     sizes, tokens = zip(*map(parse_model, s.teachers))
-    path, most = [], max((n for n, network in zip(tokens, s.network) if network), default=0)
-    for i in sorted(range(len(sizes)), key=lambda i: list(SIZES).index(sizes[i])):
-        if s.network[i] and tokens[i] == most and not any((s.own[i] >= s.own[j]).any() for j in path):
+    networks = np.flatnonzero(s.network)
+    path, most = [], max((tokens[i] for i in networks), default=0)
+    for i in sorted(networks, key=lambda i: list(SIZES).index(sizes[i])):
+        if tokens[i] == most and not any((s.own[i] >= s.own[j]).any() for j in path):
             path.append(i)
     return path
 
@@ -471,8 +472,7 @@ def more_than_smoothing(s):
     weak, tables = s.weak, np.flatnonzero(~s.network)
     if not weak.any() or not len(tables):
         return "not tested", "It takes a weak network and a table that counts."
-    means = np.array([interval(x)[0] for x in s.select_calibrated[tables]])
-    best = tables[np.nan_to_num(means, nan=-np.inf).argmax()]
+    best = tables[choose(s.select_calibrated[tables])]
     gain, table = mean_over(s.best_calibrated[weak]), s.best_calibrated[best]
     verdicts = {judge(gain), judge(gain - table)}            # the worse of the two
     verdict = next(word for word in ("not tested", "not seen, too few seeds", "seen, too few seeds",

@@ -167,7 +167,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), temperature 0: greedy; top_k: of the k likeliest."""
+        """idx (B, T) -> (B, T + max_new_tokens), sampled, of the top_k likeliest; temperature 0: greedy."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[:, -1] / max(temperature, 1e-5)  # (B, V)
             if top_k is not None:

@@ -25,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_meta, make_parser, prepare, run_main, whole_number
-from distill import Config, train
+from distill import H100_FLOPS, Config, train
 from eval import (IN, KEYS, OUT, REPORT, TIMES, evaluate, evaluation_sets, measures, model_name, parse_model,
                   read_rows, read_windows, write_report)
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
@@ -190,7 +190,8 @@ def sweep(scale, data, out, jobs, device):
                     lines = write_report([*rows.values()], out).splitlines()
                     bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
     except futures.process.BrokenProcessPool:
-        raise UserError("a worker died: out of memory? rerun the same command, with --jobs 1") from None
+        raise UserError("a worker died (out of memory? try --jobs 1); rerun the same command to "
+                        "resume") from None
     except UserError as e:
         raise UserError(f"{run.name}: {e}") from None
     finally:
@@ -230,7 +231,7 @@ def main():
             print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {run.total_flops(scale):9.2e} FLOPs")
         cost = f"{flops / 5e10 / jobs / 60:,.0f} minutes on {jobs} CPU cores"
         if scale.corpus == "fineweb-edu":                    # at the 27 % of its peak that was measured
-            cost = f"{flops / 2.7e14 / 3600:,.0f} hours on an H100"
+            cost = f"{flops / (0.27 * H100_FLOPS) / 3600:,.0f} hours on an H100"
         return print(f"{len(runs)} runs, {flops:.2e} FLOPs: training alone takes about {cost} (computed)")
     start, out, data = time.time(), args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":

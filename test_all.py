@@ -465,6 +465,18 @@ def test_fused_loss_equals_the_plain_one(chunk, top_k, teacher, monkeypatch):
                 assert fused.shape == plain.shape and torch.allclose(fused, plain, atol=1e-5)
 
 
+def test_chunks_are_equal(monkeypatch):
+    hidden, weight, targets, *_ = pair(B=3, T=4)              # 12 tokens
+    for most, expected in ((5, [4, 4, 4]), (4, [4, 4, 4]), (99, [12])):
+        seen = []
+        def chunk_fn(z, *rest):
+            seen.append(len(z))
+            return distill.chunk_loss(z, *rest)
+        monkeypatch.setattr(distill, "CHUNK_TOKENS", most)
+        distill.distill_loss(hidden, weight, targets, 0.0, chunk_fn=chunk_fn)
+        assert seen == expected
+
+
 def test_fused_loss_in_low_precision_compiled_and_twice(monkeypatch):
     monkeypatch.setattr(distill, "CHUNK_TOKENS", 4)
     hidden, weight, targets, th, tw = pair(7)
@@ -1172,7 +1184,7 @@ def test_a_failing_and_a_killed_worker_end_the_sweep_with_a_line(corpus, tmp_pat
             time.sleep(0.01)
         multiprocessing.active_children()[0].kill()
     threading.Thread(target=kill_one, daemon=True).start()
-    with pytest.raises(data.UserError, match="a worker died.*rerun the same command"):
+    with pytest.raises(data.UserError, match="a worker died.*rerun the same command to resume"):
         sweep.sweep(scale, corpus, str(tmp_path / "killed"), 2, "cpu")
     assert not multiprocessing.active_children()
 
