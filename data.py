@@ -338,7 +338,9 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     tasks |= made
     os.makedirs(out_dir, exist_ok=True)
     for name, items in tasks.items():
-        Path(out_dir, f"task_{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        Path(out_dir, f"task_{name}.jsonl").write_text(text)
+        tasks[name] = {"items": len(items), "sha256": sha(text)}
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
                     for token, rank in encoding._mergeable_ranks.items())
     Path(out_dir, "vocab.tiktoken").write_text(vocab)
@@ -346,7 +348,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
             "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
             "sets": {name: write_ids(out_dir, name, ids, encoding, dtype) for name, ids in arrays.items()},
-            "tasks": {name: len(items) for name, items in tasks.items()},
+            "tasks": tasks,
             "versions": {"python": platform.python_version(), **{
                 name: importlib.metadata.version(name) for name in ("torch", "numpy", "sympy", "networkx")}}}
     meta["fingerprint"] = fingerprint(meta)
@@ -386,8 +388,9 @@ def write_ids(out_dir, name, arrays, encoding, dtype):
 
 
 def fingerprint(meta):
-    """Of text and tokenizer together: equal where results can be compared."""
-    return sha(json.dumps([meta[key] for key in ("tokenizer", "ids", "vocab_size", "dtype", "sets")]))
+    """Of text, tokenizer and tasks together: equal where results can be compared."""
+    names = "tokenizer", "ids", "vocab_size", "dtype", "sets", "tasks"
+    return sha(json.dumps([meta.get(name) for name in names]))
 
 
 def load_meta(data_dir):
@@ -531,8 +534,8 @@ def main():
     for name, s in meta["sets"].items():
         print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens, "
               f"{s['bytes'] / s['tokens']:.2f} bytes each")
-    for name, n in meta["tasks"].items():
-        print(f"  {f'task_{name}':13} {n:6,} items")
+    for name, task in meta["tasks"].items():
+        print(f"  {f'task_{name}':13} {task['items']:6,} items")
 
 
 if __name__ == "__main__":

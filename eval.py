@@ -1,20 +1,21 @@
 """
-What a model is worth: its loss in and out of distribution, downstream tasks, and where its gain lies.
+What is a model worth? Its loss in and out of distribution, downstream tasks, and where its gain lies.
+What does a study show? The second half turns a sweep's results.jsonl into four findings.
 
-    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt                           # a table of both
-    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt  # on which tokens
-    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "           # what they write
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt                  # a table of both
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "  # what they write
+    python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt out/alone_2/ckpt.pt
+                                                                         # on which tokens the student gains
 
 Models of one block_size see the same windows and items. Both are split in half, earlier and later held-out
-documents: choose on `select`, quote from `report`. Loss is in nats per token. Each loss is given twice, as it
-is and calibrated: with the logits divided by a temperature, fitted for each model and each set on the select
-half. That removes gains from smoothing alone. The second half of the file turns a sweep's results.jsonl into
-a report.
+documents: choose on `select`, quote from `report`. Loss is in nats per token; perplexity is its exponential.
+Each loss is given twice, as it is and calibrated: with the logits divided by a temperature, fitted for each
+model and each set on the select half. That removes gains from smoothing alone.
 """
 import json
 import math
 import os
-from collections import defaultdict
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,6 +30,13 @@ from model import SIZES, autocast, load_checkpoint, pick_device
 
 
 # ---- token by token, over fixed windows --------------------------------------
+
+def evaluation_sets(data_dir):
+    """-> {"in_domain": path, "ood/NAME": path ...} of a corpus folder."""
+    names = {"in_domain": "val"} | {f"ood/{name[4:]}": name for name in load_meta(data_dir)["sets"]
+                                    if name.startswith("ood_")}
+    return {name: f"{data_dir}/{file}.bin" for name, file in names.items()}
+
 
 def read_windows(path, block_size, most):
     """-> {"select": ids (<= most, block_size + 1), "report": the same}, evenly spaced over either half."""
@@ -63,139 +71,122 @@ def token_scores(model, rows):
     """Rows of ids (N, T + 1) -> two of (N, T): each token's loss in nats, whether it was the likeliest."""
     scores = []
     for logits, targets in logits_of(model, rows):
-        logp = F.log_softmax(logits, dim=-1)                                 # (B, T, V)
-        loss = -logp.gather(-1, targets[..., None])[..., 0]
-        scores.append((loss.cpu(), (-loss == logp.amax(-1)).cpu()))
+        log_p = logits.log_softmax(-1)                                       # (B, T, V)
+        loss = -log_p.gather(-1, targets[..., None])[..., 0]
+        scores.append((loss.cpu(), (-loss == log_p.amax(-1)).cpu()))
     return tuple(torch.cat(s) for s in zip(*scores))
-
-
-TEMPERATURES = [n / 100 for n in range(80, 142, 2)]
 
 
 def mean_losses(model, rows, temperatures):
     """Rows of ids (N, T + 1) -> the mean loss, in nats, with the logits divided by each temperature."""
-    losses = torch.zeros(len(temperatures))
+    losses = torch.zeros(len(temperatures), dtype=torch.float64)
     for logits, targets in logits_of(model, rows):
         for z, y in zip(logits, targets):                    # (T, V) and (T,): a window fits the cache
             sums = [F.cross_entropy(z / t, y, reduction="sum") for t in temperatures]
             losses += torch.stack(sums).cpu() / rows[:, 1:].numel()
-    return losses
+    return losses.tolist()
 
 
-def evaluation_sets(data_dir):
-    """-> {"in_domain": path, "ood/NAME": path ...} of a corpus folder."""
-    names = {"in_domain": "val"} | {f"ood/{name[4:]}": name for name in load_meta(data_dir)["sets"]
-                                    if name.startswith("ood_")}
-    return {name: f"{data_dir}/{file}.bin" for name, file in names.items()}
+TEMPERATURES = (0.8, 0.87, 1.0, 1.2, 1.4)
 
 
-# ---- downstream tasks ---------------------------------------------------------
-
-def score_items(model, encoding, items):
+def best_temperature(losses):
     """
-    -> for each item the probability of the right choice (softmax over the choices' log-likelihoods), and 1 or
-    0 for whether it is the likeliest by log-likelihood per character. What does not fit is cut on the left.
+    Losses at TEMPERATURES -> the temperature with the least, and that loss. As a function of 1 / temperature
+    the loss is smooth and convex: the polynomial through the five points stands for it.
     """
-    T, rows, spans = model.config.block_size, [], []
-    for item in items:
-        context = encoding.encode_ordinary(item["context"])
-        for choice in item["choices"]:
-            ids = encoding.encode_ordinary(choice)[:T]       # a longer choice is scored this far
-            row = [encoding.eot_token, *context, *ids][-T - 1:]
-            spans.append((len(row) - 1 - len(ids), len(row) - 1, len(encoding.decode(ids))))
-            rows.append(row)
-    likelihoods = torch.empty(len(rows))
-    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))         # so that little is padding
-    for start in range(0, len(rows), 32):
-        group = by_length[start:start + 32]
-        # padding, on the right, is never looked at
-        loss, _ = token_scores(model, pad_sequence([torch.tensor(rows[i]) for i in group], batch_first=True))
-        for i, row in zip(group, loss):
-            first, last, _ = spans[i]
-            likelihoods[i] = -row[first:last].sum()
-    characters = torch.tensor([characters for _, _, characters in spans])
-    n, scores = [len(item["choices"]) for item in items], []
-    for item, sums, means in zip(items, likelihoods.split(n), (likelihoods / characters).split(n)):
-        scores.append((sums.softmax(0)[item["label"]].item(), float(means.argmax() == item["label"])))
-    return scores
+    temperatures = np.arange(0.8, 1.4, 0.001)
+    polynomial = np.polynomial.Polynomial.fit(1 / np.array(TEMPERATURES), losses, 4)
+    losses = polynomial(1 / temperatures)
+    return temperatures[losses.argmin()], losses.min()
 
 
-# ---- everything about one model, and about three -----------------------------
+# ---- downstream tasks --------------------------------------------------------
+
+def score_item(model, encoding, item):
+    """
+    -> the probability of the right choice (softmax over the choices' log-likelihoods), and 1.0 or 0.0 for
+    whether it is the likeliest by log-likelihood per character.
+    """
+    T = model.config.block_size
+    context = [encoding.eot_token, *encoding.encode_ordinary(item["context"])]
+    choices = [encoding.encode_ordinary(choice)[:T] for choice in item["choices"]]
+    # what does not fit is cut on the left; padding, on the right, is never looked at
+    rows = [torch.tensor([*context, *choice][-T - 1:]) for choice in choices]
+    losses, _ = token_scores(model, pad_sequence(rows, batch_first=True))    # (choices, longest - 1)
+    likelihoods = torch.stack([-loss[len(row) - 1 - len(choice):len(row) - 1].sum()
+                               for loss, row, choice in zip(losses, rows, choices)])
+    characters = torch.tensor([len(encoding.decode(choice)) for choice in choices])
+    likeliest = (likelihoods / characters).argmax()
+    return likelihoods.softmax(0)[item["label"]].item(), float(likeliest == item["label"])
+
+
+# ---- everything about one model, and where a student gains -------------------
 
 def evaluate(model, data_dir, windows=256, items=500):
     """
     -> {name: {"select": x, "report": x}} for the names "in_domain", "ood/SET", "calibrated/in_domain",
     "calibrated/ood/SET": nats per token over at most `windows` windows of the model's block_size;
     "temperature/in_domain", "temperature/ood/SET": what divides the calibrated logits; "task/NAME",
-    "accuracy/NAME": the probability of the right choice and the accuracy over at most `items` items. Raises
-    UserError.
+    "accuracy/NAME": the probability of the right choice and the accuracy over at most `items` items.
     """
     metrics = {}
     for name, path in evaluation_sets(data_dir).items():
         rows = read_windows(path, model.config.block_size, windows)
         select = mean_losses(model, rows["select"], TEMPERATURES)
-        t = TEMPERATURES[select.argmin()]
-        report = mean_losses(model, rows["report"], [1.0, t])
-        metrics[name] = {"select": select[TEMPERATURES.index(1.0)].item(), "report": report[0].item()}
-        metrics[f"calibrated/{name}"] = {"select": select.min().item(), "report": report[1].item()}
-        metrics[f"temperature/{name}"] = {"select": t, "report": t}
+        temperature, least = best_temperature(select)
+        report = mean_losses(model, rows["report"], (1.0, temperature))
+        metrics[name] = {"select": select[TEMPERATURES.index(1.0)], "report": report[0]}
+        metrics[f"calibrated/{name}"] = {"select": least, "report": report[1]}
+        metrics[f"temperature/{name}"] = {"select": temperature, "report": temperature}
     encoding = load_tokenizer(data_dir)
-    for path in sorted(Path(data_dir).glob("task_*.jsonl")):
-        name, made = path.stem.removeprefix("task_"), read_items(path)
+    for name in load_meta(data_dir)["tasks"]:
+        made = read_items(f"{data_dir}/task_{name}.jsonl")
         for half, part in (("select", made[:len(made) // 2]), ("report", made[len(made) // 2:])):
-            probability, accuracy = np.mean(score_items(model, encoding, evenly_spaced(part, items)), axis=0)
-            metrics.setdefault(f"task/{name}", {})[half] = float(probability)
-            metrics.setdefault(f"accuracy/{name}", {})[half] = float(accuracy)
-    return {name: {half: round(x, 6) for half, x in halves.items()} for name, halves in metrics.items()}
+            scores = [score_item(model, encoding, item) for item in evenly_spaced(part, items)]
+            probability, accuracy = np.mean(scores, axis=0)
+            metrics.setdefault(f"task/{name}", {})[half] = probability
+            metrics.setdefault(f"accuracy/{name}", {})[half] = accuracy
+    return {name: {half: round(float(x), 6) for half, x in halves.items()}
+            for name, halves in metrics.items()}
 
 
-def token_gains(base, student, teacher, data_dir, windows=256):
+def token_gains(base, student, teacher, other, data_dir, windows=256):
     """
-    Where does the student gain over the baseline, on the report halves? -> {"in_domain": x, "out": x}, x =
-    {"gain": nats per token, "groups": {name: (share, gain)}}, the groups by who predicts the token right
-    (argmax). Shares times gains add up to the gain.
+    Where does the student gain over the base, on the report halves? -> {"in_domain": x, "outside": x}, x =
+    {group: (share, gain in nats per token)}; shares times gains add up to the gain over all tokens. Groups
+    are by who predicts the token right (argmax): the teacher, and a student alone of another seed. Asking
+    base itself would call tokens hard on which it was merely unlucky, and any model gains on those.
     """
-    found, sets = {}, evaluation_sets(data_dir)
-    inside, outside = [sets["in_domain"]], [path for name, path in sets.items() if name != "in_domain"]
-    for where, paths in (("in_domain", inside), ("out", outside)):
-        if not paths:
-            continue
-        rows = torch.cat([read_windows(path, base.config.block_size, windows)["report"] for path in paths])
-        (b, b_right), (s, _), (_, t_right) = (token_scores(model, rows) for model in (base, student, teacher))
-        gain = (b - s).double()
-        groups = {"teacher and baseline": t_right & b_right, "teacher only": t_right & ~b_right,
-                  "baseline only": ~t_right & b_right, "neither": ~t_right & ~b_right}
-        found[where] = {"gain": gain.mean().item(), "groups": {
-            name: (mask.double().mean().item(), gain[mask].mean().item() if mask.any() else 0.0)
-            for name, mask in groups.items()}}
+    found = {}
+    for name, path in evaluation_sets(data_dir).items():
+        rows = read_windows(path, base.config.block_size, windows)["report"]
+        (b, _), (s, _), (_, t_right), (_, o_right) = (
+            token_scores(model, rows) for model in (base, student, teacher, other))
+        found.setdefault(name.split("/")[0].replace("ood", "outside"), []).append((b - s, t_right, o_right))
+    for where, sets in found.items():
+        gain, t, o = (torch.cat(parts) for parts in zip(*sets))
+        groups = {"all tokens": t | True, "both right": t & o, "only the teacher": t & ~o,
+                  "only the other student": ~t & o, "neither": ~t & ~o}
+        found[where] = {name: (group.double().mean().item(), gain[group].double().mean().nan_to_num().item())
+                        for name, group in groups.items()}
     return found
 
 
-def print_token_gains(models, teachers, data_dir, windows):
-    """
-    token_gains of each student over the student alone of its seed, mean over seeds. Where a model was
-    unlucky any other model gains: so beside it the gain less that of the student alone of another seed.
-    """
-    alone = {extra["settings"]["seed"]: model for model, extra in models if not extra["alpha"]}
-    taught = [(model, extra["settings"]) for model, extra in models if extra["alpha"]]
-    if not taught or not {settings["seed"] for _, settings in taught} <= alone.keys():
-        raise UserError("--teacher needs distilled students and, for each, the student alone of its seed")
-    found, seeds = defaultdict(list), sorted(alone)
-    for student, settings in taught:
-        own = [model for model, extra in teachers if extra["settings"] == settings["teacher"]]
-        teacher, base = (own or [teachers[0][0]])[0], alone[settings["seed"]]
-        other = alone[seeds[(seeds.index(settings["seed"]) + 1) % len(seeds)]]
-        luck = token_gains(base, other, teacher, data_dir, windows)
-        for where, x in token_gains(base, student, teacher, data_dir, windows).items():
-            found[where, "all tokens"].append((1, x["gain"], x["gain"] - luck[where]["gain"]))
-            for group, (share, gain) in x["groups"].items():
-                found[where, group].append((share, gain, gain - luck[where]["groups"][group][1]))
-    print(f"gain over the student alone, nats per token, {len(taught)} students; by who is right (argmax)")
-    print(f"{'':33} {'share':>7}   {'gain':18}" + "net of another seed" * (len(alone) > 1))
-    for (where, group), values in found.items():
-        share, gain, net = np.array(values).T
-        net = show(net) if len(alone) > 1 else ""
-        print(f"{where:10} {group:22} {share.mean():7.1%}   {show(gain):18} {net}".rstrip())
+def print_token_gains(paths, models, data_dir, windows):
+    """The table of token_gains for BASE STUDENT --teacher TEACHER OTHER."""
+    (base, b), (student, s), (teacher, _), (other, o) = models
+    names = ("size", "tokens", "seed")
+    (base_is, student_is, other_is) = ([extra["settings"][name] for name in names] for extra in (b, s, o))
+    if b["alpha"] or not s["alpha"] or base_is != student_is:
+        raise UserError(f"{paths[0]} and {paths[1]} must be a student alone and a taught one, of the same "
+                        "size, tokens and seed")
+    if o["alpha"] or other_is[:2] != base_is[:2] or other_is[2] == base_is[2]:
+        raise UserError(f"OTHER, {paths[3]}, must be a student alone like {paths[0]}, but of another seed")
+    print("who is right (argmax)                share    gain over [0], nats per token")
+    for where, groups in token_gains(base, student, teacher, other, data_dir, windows).items():
+        for name, (share, gain) in groups.items():
+            print(f"{where:10} {name:24} {share:7.1%}  {gain:+.3f}")
 
 
 def print_table(paths, models, data_dir, windows):
@@ -205,25 +196,20 @@ def print_table(paths, models, data_dir, windows):
         taught = f", alpha {alpha:g} from {settings['teacher']['size']}" if alpha else ""
         print(f"[{i}] {path}: {settings['size']}, {settings['tokens']:,} tokens, seed {settings['seed']}"
               f"{taught}")
-    metrics = [evaluate(model, data_dir, windows) for model, _ in models]
-    for m in metrics:
+    columns = [{name: x["report"] for name, x in evaluate(model, data_dir, windows).items()}
+               for model, _ in models]
+    for column in columns:
         for kind in ("", "calibrated/"):
-            outside = [half["report"] for name, half in m.items() if name.startswith(f"{kind}ood/")]
+            outside = [x for name, x in column.items() if name.startswith(f"{kind}ood/")]
             if outside:
-                m[f"{kind}ood, mean"] = {"report": np.mean(outside)}
-    columns = "".join(f"{f'[{i}]':30}" for i in range(len(paths)))
-    print("\nreport half: nats per token, perplexity; task: probability of the right choice; accuracy")
-    print(f"{'in brackets: gain over [0]':28}{columns}".rstrip())
-    kinds = "in_domain", "ood/", "ood, mean", "calibrated/", "task/", "accuracy/"
-    names = [name for kind in kinds for name in metrics[0] if name.startswith(kind)]
-    for name in names:
-        line, is_loss = f"{name:26}", not name.startswith(kinds[-2:])
-        for i, m in enumerate(metrics):
-            x = m[name]["report"]
-            gain = (x - metrics[0][name]["report"]) * (-1 if is_loss else 1)
-            perplexity = f"{torch.tensor(x).exp():.2f}" if is_loss else ""       # inf where too large
-            line += f"{x:7.4f} {perplexity:>9} {f'({gain:+.4f})' if i else '':12}"
-        print(line.rstrip())
+                column[f"{kind}ood, mean"] = np.mean(outside)
+    print("\nreport half: loss in nats per token; task: probability of the right choice; accuracy")
+    print(f"{'in brackets: gain over [0]':28}" + "".join(f"[{i}]{'':15}" for i in range(len(paths))).rstrip())
+    for kind in ("in_domain", "ood/", "ood, mean", "calibrated/", "task/", "accuracy/"):
+        sign = 1 if kind in ("task/", "accuracy/") else -1   # a loss is better if it is lower
+        for name in (name for name in columns[0] if name.startswith(kind)):
+            first, *others = (column[name] for column in columns)
+            print(f"{name:26}{first:7.4f}" + "".join(f"{x:9.4f} ({sign * (x - first):+.4f})" for x in others))
 
 
 # ------------------------------------------------------------------------------
@@ -233,15 +219,16 @@ def print_table(paths, models, data_dir, windows):
 #  "seconds": 39.8, "metrics": what evaluate() returns}
 
 KEYS = ("model", "seed", "teacher", "teacher_seed", "alpha")                 # which model a row is of
-TIMES = (0.5, 1, 2)                      # the student alone is trained on these multiples of its tokens
-SELECT, REPORT = range(2)                # the halves: to choose on, to quote from
-IN, OUT, CALIBRATED_IN, CALIBRATED_OUT, TASK = range(5)      # what measures() gives
+# the axes of losses(row): half of the held-out text, plain or calibrated, where
+SELECT, REPORT = range(2)
+PLAIN, CALIBRATED = range(2)
+IN, OUT = range(2)                       # in domain; outside, the mean of the ood sets
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160)
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 def parse_model(model):
-    """'s@1.5M' -> ('s', 1500000). Raises UserError."""
+    """'s@1.5M' -> ('s', 1500000)."""
     size, _, tokens = model.partition("@")
     if size not in SIZES or not tokens:
         raise UserError(f"{model!r} is not a model, such as s@1.5M; the sizes are {' '.join(SIZES)}")
@@ -254,233 +241,172 @@ def model_name(size, tokens):
     return f"{size}@{tokens / UNITS.get(unit, 1):.15g}{unit}"
 
 
+def losses(row):
+    """A row -> nats per token (2 halves, plain or calibrated, in domain or outside)."""
+    def mean(prefix, half):
+        return np.mean([x[half] for name, x in row["metrics"].items() if name.startswith(prefix)])
+    return np.array([[[mean(kind + where, half) for where in ("in_domain", "ood/")]
+                      for kind in ("", "calibrated/")] for half in ("select", "report")])
+
+
+def accuracy(row):
+    """A row -> its mean accuracy in the tasks, report half, in percent; 0 without a task."""
+    found = [x["report"] for name, x in row["metrics"].items() if name.startswith("accuracy/")]
+    return 100 * sum(found) / max(1, len(found))
+
+
 def read_rows(path):
-    """
-    The rows of a results.jsonl, each model once; [] if there is no file. Half a last line, which a kill may
-    leave, is dropped. Raises UserError.
-    """
+    """The rows of a results.jsonl; [] without one. Half a last line, which a kill may leave, is dropped."""
     rows, lines = {}, []
     if os.path.exists(path):
         lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            key = tuple(row[name] for name in KEYS)
-            numbers = [row[name] for name in ("seed", "alpha", "flops", "teacher_flops", "seconds")]
             parse_model(row["model"]), parse_model(row["teacher"] or row["model"])
-            if not np.isfinite([*measures(row)[:, :TASK].flat, *numbers]).all():
+            numbers = [row[name] for name in ("seed", "alpha", "flops", "teacher_flops", "seconds")]
+            if not np.isfinite([*losses(row).flat, accuracy(row), *numbers]).all():
                 raise ValueError
+            rows.setdefault(tuple(row[name] for name in KEYS), row)
         except Exception:                                    # of many kinds, all for the same reason
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not a valid result: delete it") from None
-        first, same = next(iter(rows.values()), row), rows.setdefault(key, row)
+        first = next(iter(rows.values()))
         if (row["corpus"], row["metrics"].keys()) != (first["corpus"], first["metrics"].keys()):
             raise UserError(f"{path}: line {number} comes from a different corpus than line 1: delete one")
-        if row["metrics"] != same["metrics"]:
-            raise UserError(f"{path}: line {number} repeats a model with different numbers: delete one")
     return list(rows.values())
 
 
-def measures(row):
-    """
-    -> array (2 halves, 5): loss in domain, mean loss outside, the same two calibrated, and the mean accuracy
-    in the tasks, in percent (nan without a task).
-    """
-    halves = []
-    for half in ("select", "report"):
-        m = {name: values[half] for name, values in row["metrics"].items()}
-        tasks = [x for name, x in m.items() if name.startswith("accuracy/")]
-        halves.append([m["in_domain"], np.mean([x for name, x in m.items() if name.startswith("ood/")]),
-                       m["calibrated/in_domain"],
-                       np.mean([x for name, x in m.items() if name.startswith("calibrated/ood/")]),
-                       100 * np.mean(tasks) if tasks else math.nan])
-    return np.array(halves)
-
-
 def interval(x):
-    """Values, one a seed, nan where there is none -> mean, half-width of its 95 % t-interval, how many."""
-    x = np.asarray(x)[~np.isnan(x)]
+    """One value a seed -> their mean, and the margin of its 95 % t-interval."""
     n = len(x)
-    if n < 2:
-        return (x[0] if n else math.nan), math.inf, n
-    return x.mean(), T_975[min(n - 1, len(T_975)) - 1] * x.std(ddof=1) / math.sqrt(n), n
+    if n == 1:
+        return x[0], math.inf
+    return np.mean(x), T_975[min(n - 1, len(T_975)) - 1] * np.std(x, ddof=1) / math.sqrt(n)
 
 
 def show(x, digits=3):
-    """'+0.012 ± 0.003', the mean alone for a single value; '(n = 4)' where seeds are missing."""
-    mean, half, n = interval(x)
-    missing = f" (n = {n})" if n < len(x) else ""
-    return "none" if not n else f"{mean:+.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "") + missing
+    """One value a seed -> '+0.012 ± 0.003', the mean alone for a single seed."""
+    mean, margin = interval(x)
+    return f"{mean:+.{digits}f}" + (f" ± {margin:.{digits}f}" if len(x) > 1 else "")
 
 
 def judge(x):
-    """The verdict (it takes three seeds) on a claim that holds where x is above 0."""
-    mean, half, n = interval(x)
-    if n < 3:
-        return "not tested" if not n else "seen, too few seeds" if mean > 0 else "not seen, too few seeds"
-    return "reproduced" if mean > half else "not reproduced" if mean < -half else "undecided"
-
-
-def parabola(x, y, at):
-    """The parabola through three points (x[i], y[i]), Lagrange's form, at `at`; all broadcast."""
-    return sum(y[i] * (at - x[j]) / (x[i] - x[j]) * (at - x[k]) / (x[i] - x[k])
-               for i, j, k in ((0, 1, 2), (1, 2, 0), (2, 0, 1)))
-
-
-def mean_over(cells):
-    """Cells (N, S) -> (S,), the mean of those that have at least half as many seeds as the fullest."""
-    seeds = (~np.isnan(cells)).sum(-1)
-    if not seeds.any():
-        return np.full(cells.shape[-1], np.nan)
-    return cells[2 * seeds >= seeds.max()].mean(0)
-
-
-def choose(gains):
-    """Gains of the select halves (N, S) -> index of the largest mean, among those with the most seeds."""
-    mean, n = np.array([interval(x) for x in gains]).T[[0, 2]]
-    return np.where(n == n.max(), mean, -np.inf).argmax()
-
-
-def effective_robustness(alone, taught):
-    """
-    How far a student lies below the curve of loss outside (y) against loss in domain (x) of the student alone
-    on half, once and twice the tokens (Taori et al., arXiv 2007.00644). alone = x, y, each (3, S); taught =
-    x, y, each (T, A, S) -> (T, A, S), nan where a cell lies beyond the curve's ends at any seed.
-    """
-    (x, y), (inside, outside) = alone, taught
-    beyond = ((inside < x.min(0)) | (inside > x.max(0))).any(-1, keepdims=True)
-    return np.where(beyond, np.nan, parabola(x, y, inside) - outside)
+    """The verdict on a claim that holds where x, one value a seed, is above 0."""
+    mean, margin = interval(x)
+    if len(x) < 3:
+        return "too few seeds"
+    return "reproduced" if mean > margin else "not reproduced" if mean < -margin else "undecided"
 
 
 def study(rows, student):
     """
-    The rows of one student as arrays with the axes T teachers (weakest first), A alphas, S seeds, and what
-    measures() gives; nan where there is no row, the mean where a seed learned from teachers of several seeds.
+    One student's rows as arrays over S seeds, T teachers (weakest first) and A alphas, or None: of the seeds
+    that have every row of this grid. Alpha is chosen on the select halves; what is returned is of the report
+    halves. A gain is over the student alone of the same seed, in nats per token.
     """
-    taught_rows = [row for row in rows if row["model"] == student and row["teacher"]]
-    teachers, alphas, seeds = (sorted({row[k] for row in taught_rows}) for k in ("teacher", "alpha", "seed"))
-    found, teacher_seeds = defaultdict(list), defaultdict(set)
-    for row in rows:
-        found[row["model"], row["seed"], row["teacher"], row["alpha"]].append(measures(row))
-    for row in taught_rows:
-        teacher_seeds[row["teacher"], row["seed"]].add(row["teacher_seed"])
+    taught = [row for row in rows if row["model"] == student and row["teacher"]]
+    found = {(row["model"], row["seed"], row["teacher"], row["alpha"]): row for row in rows}
+    teachers, alphas, seeds = (sorted({row[key] for row in taught}) for key in ("teacher", "alpha", "seed"))
+    teacher_seed = {row["seed"]: row["teacher_seed"] for row in taught}
+    T, A, (size, tokens) = len(teachers), len(alphas), parse_model(student)
 
-    def mean_of(several):
-        return np.mean(several, axis=0) if several else np.full((2, 5), np.nan)
-    size, tokens = parse_model(student)
-    budgets = [model_name(size, round(n * tokens)) for n in TIMES]
-    alone = np.array([[mean_of(found[model, s, None, 0.0]) for s in seeds] for model in budgets])
-    own = np.array([[mean_of([m for teacher_seed in sorted(teacher_seeds[t, s])
-                              for m in found[t, teacher_seed, None, 0.0]]) for s in seeds] for t in teachers])
-    taught = np.array([[[mean_of(found[student, s, t, a]) for s in seeds] for a in alphas] for t in teachers])
+    def grid(seed):
+        """Which 2 + T + T A rows a seed needs: alone on once and twice the tokens, teachers, taught."""
+        return [(student, seed, None, 0.0), (model_name(size, 2 * tokens), seed, None, 0.0),
+                *((teacher, teacher_seed[seed], None, 0.0) for teacher in teachers),
+                *((student, seed, teacher, alpha) for teacher in teachers for alpha in alphas)]
+    seeds = [seed for seed in seeds if found.keys() >= set(grid(seed))]
+    if not seeds:
+        return None
+    x, task = (np.array([[measure(found[key]) for key in grid(seed)] for seed in seeds])
+               for measure in (losses, accuracy))            # (S, 2 + T + T A, half, kind, where); (S, ...)
 
-    weakness = own[:, :, REPORT, IN] - alone[1, :, REPORT, IN]               # (T, S)
-    order = np.argsort([-interval(x)[0] for x in weakness])
-    teachers, weakness, own, taught = [teachers[i] for i in order], weakness[order], own[order], taught[order]
-    gain = (taught - alone[1]) * [-1, -1, -1, -1, 1]         # (T, A, S, halves, 5): loss down, accuracy up
-
-    # alpha is chosen on the select halves; all else is of the report halves
-    every = np.arange(len(teachers))
-    pick, pick_calibrated = (np.array([choose(by_alpha) for by_alpha in gain[..., SELECT, what]])
-                             for what in (OUT, CALIBRATED_OUT))
-    select_calibrated = gain[every, pick_calibrated, :, SELECT, CALIBRATED_OUT]              # (T, S)
-    alone, own, taught, gain = (x[..., REPORT, :] for x in (alone, own, taught, gain))
-    robustness, robustness_calibrated = (
-        effective_robustness((alone[..., i], alone[..., o]), (taught[..., i], taught[..., o]))
-        for i, o in ((IN, OUT), (CALIBRATED_IN, CALIBRATED_OUT)))            # (T, A, S) each
-
-    # the compute of the teacher's forward passes, or of these and its training, as tokens for the student
-    training, more = {row["model"]: row["flops"] for row in rows if not row["teacher"]}, {}
-    for row in taught_rows:
-        forward, t = row["teacher_flops"], row["teacher"]
-        more[t] = [1 + forward / row["flops"], 1 + (forward + training.get(t, math.nan)) / row["flops"]]
-    times = np.array([more[t] for t in teachers])[..., None].clip(max=TIMES[-1])           # (T, 2, 1)
-    y = alone[..., OUT]
-    same_compute = y[1] - parabola(np.log(TIMES), y, np.log(times))          # (T, 2, S)
-
-    sets = {frozenset(row["teacher_seed"] for row in taught_rows if row["seed"] == s) for s in seeds}
-    weakness = np.array([interval(x)[0] for x in weakness])                  # (T,)
-    network = np.array([not SIZES[parse_model(t)[0]].get("counts") for t in teachers])
+    worse = (x[:, 2:2 + T] - x[:, :1])[..., REPORT, PLAIN, IN].mean(0)       # (T,): than the student alone
+    order = np.argsort(-worse)
+    teachers, worse = [teachers[i] for i in order], worse[order]
+    tables = np.array(["counts" in SIZES[parse_model(teacher)[0]] for teacher in teachers])
+    gain = (x[:, :1] - x[:, 2 + T:]).reshape(-1, T, A, 2, 2, 2)[:, order]    # (S, T, A, half, kind, where)
+    points = (task[:, 2 + T:] - task[:, :1]).reshape(-1, T, A)[:, order]
+    pick = gain[..., SELECT, :, OUT].mean(0).argmax(1)                       # (T, kind): the best alpha
+    best = gain[:, np.arange(T)[:, None], pick, REPORT, np.arange(2)]        # (S, T, kind, where)
+    text = (x[:, 0] - x[:, 1])[:, REPORT]                    # (S, kind, where): what twice the tokens buy
+    rate = text[..., OUT].mean(0) / text[..., IN].mean(0)    # (kind,): outside, for each nat in domain
+    flops = {row["model"]: row["flops"] for row in rows}
+    forward = {row["teacher"]: row["teacher_flops"] for row in taught}
+    cost = np.array([[forward[t], forward[t] + flops[t]] for t in teachers]) / flops[student]
     return SimpleNamespace(
-        student=student, teachers=teachers, alphas=alphas, seeds=seeds, alone=alone, own=own[..., IN],
-        weakness=weakness, network=network, weak=network & (weakness > 0), strong=network & (weakness <= 0),
-        taught=taught, gain=gain,
-        best_alpha=[alphas[a] for a in pick], best=gain[every, pick],
-        best_alpha_calibrated=[alphas[a] for a in pick_calibrated], select_calibrated=select_calibrated,
-        best_calibrated=gain[every, pick_calibrated, :, CALIBRATED_OUT],
-        robustness=robustness, best_robustness=robustness[every, pick],
-        robustness_calibrated=robustness_calibrated,
-        best_robustness_calibrated=robustness_calibrated[every, pick_calibrated], same_compute=same_compute,
-        own_teachers=len(sets) == len(seeds))                # every seed has its own
+        student=student, teachers=teachers, alphas=alphas, seeds=seeds, worse=worse, rate=rate,
+        weak=~tables & (worse > 0), strong=~tables & (worse <= 0), tables=tables,
+        own_teachers=len({teacher_seed[seed] for seed in seeds}) == len(seeds),
+        alone=x[:, 0, REPORT, PLAIN], gain=gain[..., REPORT, PLAIN, OUT],    # (S, where), (S, T, A)
+        alpha=np.array(alphas)[pick], best=best,
+        beyond=best[..., OUT] - rate * best[..., IN],        # (S, T, kind): more outside than text would give
+        as_text=text[:, None, None, PLAIN, OUT] * np.log2(np.minimum(1 + cost, 2)),          # (S, T, 2)
+        points=points[:, np.arange(T), pick[:, PLAIN]])      # (S, T): of accuracy in the task
 
+
+# ---- the four rules: study -> verdict, what was seen -------------------------
 
 def weak_teacher_helps(s):
-    """Rule 1: of networks worse in domain than the student alone, the mean gain outside lies above zero."""
-    weak = s.weak
-    if not weak.any():
-        return "not tested", "No network is weaker than the student alone."
-    gain, pure = mean_over(s.best[weak, :, OUT]), mean_over(s.gain[weak, -1, :, OUT])
-    each = ", ".join(f"{s.teachers[i]} {show(s.best[i, :, OUT])}" for i in np.flatnonzero(weak))
-    return judge(gain), (f"Weak teachers bring {show(gain)} outside ({each}); at alpha {s.alphas[-1]:g} they "
-                         f"bring {show(pure)}.")
+    """Of networks worse in domain than the student alone, the mean gain outside lies above 0."""
+    if not s.weak.any():
+        return "not tested", "No network is weaker than the student."
+    gain, pure = s.best[:, s.weak, PLAIN, OUT].mean(1), s.gain[:, s.weak, -1].mean(1)
+    return judge(gain), (f"Weak teachers bring {show(gain)} outside at their best alpha, {show(pure)} at "
+                         f"alpha {s.alphas[-1]:g}.")
 
 
-def teachers_by_size(s):
-    """Indices of the teachers of the largest budget, by size, each better than all before at every seed."""
-    sizes, tokens = zip(*map(parse_model, s.teachers))
-    networks = np.flatnonzero(s.network)
-    path, most = [], max((tokens[i] for i in networks), default=0)
-    for i in sorted(networks, key=lambda i: list(SIZES).index(sizes[i])):
-        if tokens[i] == most and not any((s.own[i] >= s.own[j]).any() for j in path):
-            path.append(i)
-    return path
+def by_size(s):
+    """Places of the networks of the largest budget, smallest first."""
+    size, tokens = zip(*map(parse_model, s.teachers))
+    most = max((tokens[i] for i in np.flatnonzero(~s.tables)), default=0)
+    return sorted((i for i in np.flatnonzero(~s.tables) if tokens[i] == most),
+                  key=lambda i: list(SIZES).index(size[i]))
 
 
 def stronger_teacher_saturates(s):
-    """Rule 2: by size, the gain outside per nat of teacher is lower on the last step than on the first."""
-    path = teachers_by_size(s)
+    """Along size at the largest budget, the gain outside grows less on the last step than on the first."""
+    path = by_size(s)
     if len(path) < 3:
-        return "not tested", "It takes three teachers of one budget, each better than the smaller one."
-    slopes = np.diff(s.best[path, :, OUT], axis=0) / -np.diff(s.own[path], axis=0)     # (steps, S)
-    verdict, (mean, half, _) = judge(slopes[0] - slopes[-1]), interval(slopes[-1])
+        return "not tested", "It takes three networks of one budget."
+    steps = np.diff(s.best[:, path, PLAIN, OUT], axis=1)                     # (S, steps)
+    less, (mean, margin) = steps[:, 0] - steps[:, -1], interval(steps[:, -1])
+    verdict = judge(less)
     if verdict == "reproduced":
-        verdict += ", reverses" if mean < -half else ", diminishes" if mean > half else ", saturates"
-    return verdict, (f"Along size ({', '.join(s.teachers[i] for i in path)}) a nat of teacher buys "
-                     f"{show(slopes[0])} outside on the first step, {show(slopes[-1])} on the last, "
-                     f"{show(slopes[0] - slopes[-1])} less.")
+        verdict += ", reverses" if mean < -margin else ", diminishes" if mean > margin else ", saturates"
+    return verdict, (f"From {' to '.join(s.teachers[i] for i in path)} the gain outside changes by "
+                     f"{', '.join(map(show, steps.T))}; first step minus last: {show(less)}.")
+
+
+def groups(s):
+    """-> the kinds of teachers that there are: [(name, which of T) ...]."""
+    kinds = ("weak ones", s.weak), ("strong ones", s.strong), ("tables", s.tables)
+    return [(name, which) for name, which in kinds if which.any()]
 
 
 def generalisation_first(s):
-    """Rule 3: the mean effective robustness of networks' cells within the curve's span lies above zero."""
-    def mean_of(kind, robustness=s.robustness):
-        return mean_over(robustness[kind].reshape(-1, len(s.seeds)))
-    everything, weak, strong, tables = (mean_of(kind) for kind in (
-        s.network, s.weak, s.strong, ~s.network))
-    calibrated, calibrated_tables = (
-        mean_of(kind, s.robustness_calibrated) for kind in (s.network, ~s.network))
-    within = ~np.isnan(s.robustness[s.network]).all(-1)      # (T, A)
-    return judge(everything), (
-        f"Effective robustness of {within.sum()} of {within.size} students is {show(everything)}; from weak "
-        f"teachers {show(weak)}, from strong ones {show(strong)}, weak minus strong {show(weak - strong)}; "
-        f"from tables that count {show(tables)}. Calibrated: from networks {show(calibrated)}, from tables "
-        f"{show(calibrated_tables)}.")
+    """Weak teachers give more outside than text that gives the same in domain would."""
+    if not s.weak.any():
+        return "not tested", "No network is weaker than the student."
+    seen = (f"{name} {show(s.beyond[:, which, PLAIN].mean(1))} (calibrated "
+            f"{show(s.beyond[:, which, CALIBRATED].mean(1))})" for name, which in groups(s))
+    return judge(s.beyond[:, s.weak, PLAIN].mean(1)), (
+        f"More text brings {s.rate[PLAIN]:.2f} nats outside for each nat in domain. Beyond that, teachers "
+        f"bring: {', '.join(seen)}.")
 
 
 def more_than_smoothing(s):
-    """Rule 4: calibrated, weak networks' mean gain outside lies above zero and above the best table's."""
-    weak, tables = s.weak, np.flatnonzero(~s.network)
-    if not weak.any() or not len(tables):
+    """Calibrated, weak networks' mean gain outside lies above 0, and above that of the best table."""
+    if not s.weak.any() or not s.tables.any():
         return "not tested", "It takes a weak network and a table that counts."
-    best = tables[choose(s.select_calibrated[tables])]
-    gain, table = mean_over(s.best_calibrated[weak]), s.best_calibrated[best]
-    verdicts = {judge(gain), judge(gain - table)}            # the worse of the two
-    verdict = next(word for word in ("not tested", "not seen, too few seeds", "seen, too few seeds",
-                                     "not reproduced", "undecided", "reproduced") if word in verdicts)
-    raw = show(mean_over(s.best[weak, :, OUT]))
-    return verdict, (f"Calibrated, weak teachers bring {show(gain)} outside (as it is {raw}), the best table "
-                     f"({s.teachers[best]} at alpha {s.best_alpha_calibrated[best]:g}) {show(table)} "
-                     f"(as it is {show(s.best[best, :, OUT])}), a difference of {show(gain - table)}.")
+    gain, tables = s.best[:, s.weak, CALIBRATED, OUT].mean(1), s.best[:, s.tables, CALIBRATED, OUT]
+    table = tables[:, tables.mean(0).argmax()]
+    worst_first = ["too few seeds", "not reproduced", "undecided", "reproduced"]
+    return min(judge(gain), judge(gain - table), key=worst_first.index), (
+        f"Calibrated, weak teachers bring {show(gain)} outside, the best table {show(table)}; difference "
+        f"{show(gain - table)}.")
 
 
 FINDINGS = {"A weak teacher helps": weak_teacher_helps,
@@ -489,90 +415,101 @@ FINDINGS = {"A weak teacher helps": weak_teacher_helps,
             "A weak teacher gives more than smoothing": more_than_smoothing}
 
 
+# ---- the report --------------------------------------------------------------
+
 def write_report(rows, out):
-    """Write report.md and, with matplotlib, a figure for each student -> the report. Raises UserError."""
+    """Write report.md and a figure for each student into out -> the report."""
     if not rows:
         raise UserError(f"{out} has no results.jsonl, or it is empty")
-    minutes = sum(row["seconds"] for row in rows) / 60
-    text = (f"{len(rows)} models, {minutes:.0f} worker-minutes, corpus {rows[0]['corpus']}; made from "
-            "results.jsonl by `python sweep.py --report`. Gains are in nats per token, over the student "
-            "alone of the same seed. Alpha is chosen on the select halves; all figures are of the report "
-            "halves. Same compute as tokens: the student alone on more tokens, worth the teacher's forward "
-            "passes, or these and its training; at most twice its own.\n")
+    text = (f"{len(rows)} models, {sum(row['seconds'] for row in rows) / 60:.0f} worker-minutes, corpus "
+            f"{rows[0]['corpus']}; made from results.jsonl by `python sweep.py --report`.\n")
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
-        covers = "each with its own teachers" if s.own_teachers else "given these teachers"
-        text += (f"\n## Student {student}, seeds {', '.join(map(str, s.seeds))}\n\n"
-                 f"± is a 95 % t-interval over seeds, {covers}.\n\n")
-        for i, (claim, rule) in enumerate(FINDINGS.items(), 1):
-            verdict, seen = rule(s)
-            text += f"{i}. **{claim}: {verdict}.** {seen}\n"
-        inside, outside, task = (interval(s.alone[1, :, where])[0] for where in (IN, OUT, TASK))
-        text += (f"\nAlone it reaches {inside:.3f} nats in domain, {outside:.3f} outside"
-                 f"{f', {task:.1f} % in the task' if task > 0 else ''}. A teacher is weak if its own loss in "
-                 "domain is worse. Calibrated columns: at the alpha that is best after calibration.\n\n")
-        columns = ("teacher", "worse in domain", "best alpha", "gain in domain", "gain outside",
-                   "outside, calibrated", "effective robustness", "the same, calibrated",
-                   f"outside at alpha {s.alphas[-1]:g}", "same compute as tokens",
-                   "training too", "task, points")
-        text += f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n"
-        for i, teacher in enumerate(s.teachers):
-            gains = (s.best[i, :, IN], s.best[i, :, OUT], s.best_calibrated[i], s.best_robustness[i],
-                     s.best_robustness_calibrated[i], s.gain[i, -1, :, OUT], *s.same_compute[i])
-            text += (f"| {teacher} | {s.weakness[i]:+.3f} | {s.best_alpha[i]:g} | "
-                     f"{' | '.join(map(show, gains))} | {show(s.best[i, :, TASK], 1)} |\n")
+        text += report(s) if s else f"\n## Student {student}\n\nNo seed is complete yet.\n"
         try:
-            draw(s, f"{out}/findings_{student}.png")
-            text += f"\n![the findings](findings_{student}.png)\n"
-        except ImportError:
-            text += "\nFor the figure: pip install matplotlib\n"
-    Path(out, "report.md").write_text(text, encoding="utf-8")
+            if s:
+                draw(s, f"{out}/findings_{student}.png")
+                text += f"\n![the findings](findings_{student}.png)\n"
+        except Exception as e:                               # no matplotlib, or one that is set up wrong
+            text += f"\nNo figure ({e}); it takes pip install matplotlib.\n"
+    try:
+        Path(out, "report.md").write_text(text, encoding="utf-8")
+    except OSError as e:
+        print(f"warning: the report is not saved: {e}", file=sys.stderr)
     return text
 
 
-def draw(s, path):
-    """The four findings as four panels; readable in grey. Raises ImportError without matplotlib."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 8.6), layout="constrained")
-    (first, second), (third, fourth) = figure.subplots(2, 2)
-    every = np.arange(len(s.teachers))
+def report(s):
+    """study -> Markdown."""
+    lines = [f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n"]
+    for i, (claim, rule) in enumerate(FINDINGS.items(), 1):
+        verdict, seen = rule(s)
+        lines.append(f"{i}. **{claim}: {verdict}.** {seen}")
+    inside, outside = s.alone.mean(0)
+    columns = ("teacher", "worse in domain", "best alpha", "gain in domain", "gain outside", "calibrated",
+               "its forward passes as text", "its training too")
+    given = "each with its own" if s.own_teachers else "given these"
+    lines += [f"\nAlone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. "
+              "Gains are over the student alone of the same seed. Alpha is chosen on the select halves; all "
+              f"figures are of the report halves. ± is a 95 % t-interval over seeds, {given} teachers. "
+              "As text: what the teacher's compute buys the student alone outside, spent on more text, at "
+              "most on twice its own.\n",
+              f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for i, teacher in enumerate(s.teachers):
+        gains = *s.best[:, i, PLAIN].T, s.best[:, i, CALIBRATED, OUT], *s.as_text[:, i].T
+        cells = f"{s.worse[i]:+.3f}", f"{s.alpha[i, PLAIN]:g}", *map(show, gains)
+        lines.append(f"| {teacher} | {' | '.join(cells)} |")
+    if s.points.any():
+        points = (f"{name} {show(s.points[:, which].mean(1), 1)}" for name, which in groups(s))
+        lines.append(f"\nPoints of accuracy in the task: {', '.join(points)}.")
+    return "\n".join(lines) + "\n"
 
-    def line(axis, gains, shift=0.0, **style):               # gains (T, S), a point a teacher
-        means, halves, n = np.array([interval(x) for x in gains]).T
-        axis.errorbar(every + shift, means, halves if n.min() > 2 else None, capsize=2, markersize=4, **style)
-    for a, alpha in enumerate(s.alphas):
-        line(first, s.gain[:, a, :, OUT], label=f"alpha {alpha:g}", marker="os^D"[a % 4], lw=1,
-             color=str(0.7 - 0.7 * a / len(s.alphas)), ls=("-", "--", "-.", ":")[a % 4])
-    line(second, s.best[..., OUT], -0.1, label="at its best alpha", marker="o", color="black", ls="none")
-    line(second, s.same_compute[:, 0], 0.1, label="same compute as tokens", marker="x", color=".6", ls="none")
-    line(fourth, s.best[..., OUT], -0.1, label="as it is", marker="o", color="0.6", ls="none")
-    line(fourth, s.best_calibrated, 0.1, label="calibrated", marker="s", color="black", mfc="w", ls="none")
-    names = [f"{t.replace('@', chr(10) + '@')}\n{w:+.2f}" for t, w in zip(s.teachers, s.weakness)]
-    for axis in (first, second, fourth):
-        axis.axhline(0, color="0.6", lw=0.8)
-        axis.axvline((s.weakness > 0).sum() - 0.5, color="0.6", lw=0.8, ls=":")      # weak | strong
-        for i in np.flatnonzero(~s.network):                 # tables that count
-            axis.axvspan(i - 0.5, i + 0.5, color="0.93", zorder=0)
-        axis.set_xticks(every, names, fontsize=7)
-        axis.set_xlim(-0.6, len(every) - 0.4)
+
+def draw(s, path):
+    """The four findings as four panels, one question each."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 7.6), layout="constrained")
+    (first, second), (third, fourth) = axes = figure.subplots(2, 2)
+
+    def points(axis, at, values, **style):                   # values: for each point, one a seed
+        means, margins = np.transpose([interval(x) for x in values])
+        axis.errorbar(at, means, margins if len(s.seeds) > 1 else None, capsize=3, **style)
+
+    low, top = (len(s.alphas) - 1) // 2, abs(s.gain.mean(0).max())
+    for a, style in ((low, dict(color="tab:blue", marker="o")), (-1, dict(color="tab:red", marker="^"))):
+        points(first, s.teachers, s.gain[:, :, a].T, label=f"alpha {s.alphas[a]:g}", **style)
+    first.set_ylim(-2 * top, 1.6 * top)                      # what lies far below is off the scale
+    boundary = (s.worse > 0).sum() - 0.5
+    first.axvline(boundary, color="0.7")
+    first.text(boundary, 1.4 * top, "weaker than the student ", ha="right", fontsize=8)
+    first.text(boundary, 1.4 * top, " stronger", fontsize=8)
+
+    path_of_size = by_size(s)
+    points(second, -s.worse[path_of_size], s.best[:, path_of_size, PLAIN, OUT].T, color="black", marker="o")
+    for i in path_of_size:
+        second.annotate(s.teachers[i], (-s.worse[i], s.best[:, i, PLAIN, OUT].mean()), (5, -12),
+                        textcoords="offset points", fontsize=8)
+    second.set_xlabel("the teacher predicts better than the student by, nats")
+    second.margins(x=0.15)
+
+    controls = np.flatnonzero(s.weak | s.tables)
+    third.set_xticks(range(len(groups(s))), [f"from {name}" for name, _ in groups(s)])
+    fourth.set_xticks(range(len(controls)), [s.teachers[i] for i in controls])
+    for kind, style in ((PLAIN, dict(label="as it is", color="black", marker="o", ls="none")),
+                        (CALIBRATED, dict(label="calibrated", color="tab:orange", marker="s", ls="none"))):
+        beyond = [s.beyond[:, which, kind].mean(1) for _, which in groups(s)]
+        points(third, np.arange(len(beyond)) + 0.15 * kind, beyond, **style)
+        points(fourth, np.arange(len(controls)) + 0.15 * kind, s.best[:, controls, kind, OUT].T, **style)
+    for axis, (claim, rule) in zip(axes.flat, FINDINGS.items()):
+        axis.set_title(f"{claim}:\n{rule(s)[0]}", fontsize=10)
         axis.set_ylabel("gain outside, nats per token")
-    lowest = np.nanmin(s.gain[s.network][..., OUT]) if s.network.any() else -1
-    first.set_ylim(bottom=1.2 * min(lowest, -0.01))          # or a table at alpha 1 would hide the rest
-    x, y = np.nanmean(s.alone[..., IN], 1), np.nanmean(s.alone[..., OUT], 1)
-    curve = np.linspace(x.min(), x.max(), 50)
-    third.plot(curve, parabola(x, y, curve), color="black", lw=1)
-    third.plot(x, y, "s", color="black", label="alone: half, once, twice the tokens")
-    for kind, label, marker in ((s.weak, "from weak networks", "o"), (s.strong, "from strong ones", "^"),
-                                (~s.network, "from tables that count", "x")):
-        within = kind[:, None] & ~np.isnan(s.robustness).all(-1)             # (T, A)
-        cells = np.nanmean(s.taught[within][..., :TASK], axis=1)             # (cells, 4)
-        third.plot(cells[:, IN], cells[:, OUT], marker, color="0.4", mfc="white", label=label)
-    third.set(xlabel="loss in domain, nats per token", ylabel="loss outside, nats per token")
-    for axis, (claim, rule) in zip((first, second, third, fourth), FINDINGS.items()):
-        axis.set_title(f"{claim}:\n{rule(s)[0]}", fontsize=9)
+        axis.axhline(0, color="0.7", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=7)
-        axis.legend(fontsize=7)
+        if axis is not second:
+            axis.legend(fontsize=8, loc="lower right")
+    third.set_ylabel("gain outside, less what text gives\nwith the same gain in domain, nats")
+    for axis in (first, fourth):
+        axis.tick_params("x", rotation=45, labelsize=8)
     figure.savefig(path, dpi=100)
 
 
@@ -582,8 +519,9 @@ def main():
     """Evaluate the checkpoints of the command line and print what it asks for."""
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="distill.py checkpoints")
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="CKPT", help="on which tokens "
-                        "students gain over students alone, by whether the teacher is right")
+    parser.add_argument("--teacher", nargs=2, default=[], metavar=("TEACHER", "OTHER"),
+                        help="after a student alone and a taught one: where the gain lies, by whether "
+                        "TEACHER and OTHER, a student alone of another seed, are right")
     parser.add_argument("--json", action="store_true", help="print what evaluate() returns, as JSON")
     parser.add_argument("--sample", metavar="TEXT", help="print each checkpoint's continuation of this text")
     parser.add_argument("--data", default="data/python", help="corpus folder (default: data/python)")
@@ -592,24 +530,26 @@ def main():
     args = parser.parse_args()
     if args.windows < 1:
         parser.error("--windows must be at least 1")
+    if args.teacher and len(args.checkpoints) != 2:
+        parser.error("--teacher takes two checkpoints before it: a student alone and a taught one")
     device, encoding = pick_device(args.device)[0], load_tokenizer(args.data)
-    tokenizer = load_meta(args.data)["tokenizer"]
-    models = [load_checkpoint(path, device, tokenizer) for path in args.checkpoints]
-    teachers = [load_checkpoint(path, device, tokenizer) for path in args.teacher]
-    if (teachers or not args.json) and len({model.config.block_size for model, _ in models + teachers}) > 1:
+    tokenizer, paths = load_meta(args.data)["tokenizer"], args.checkpoints + args.teacher
+    models = [load_checkpoint(path, device, tokenizer) for path in paths]
+    if len({model.config.block_size for model, _ in models}) > 1 and not args.json:
         raise UserError("these models have different context lengths: evaluate one at a time, or use --json")
-    if teachers:
-        print_token_gains(models, teachers, args.data, args.windows)
+    if args.teacher:
+        print_token_gains(paths, models, args.data, args.windows)
     elif args.json:
         print(json.dumps({path: evaluate(model, args.data, args.windows)
-                          for path, (model, _) in zip(args.checkpoints, models)}, indent=1))
-    elif args.sample is None:
-        print_table(args.checkpoints, models, args.data, args.windows)
-    for path, (model, _) in zip(args.checkpoints, models) if args.sample is not None else ():
-        torch.manual_seed(1)
-        idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)
-        ids = [i for i in model.generate(idx, 200, 0.8, 50)[0].tolist() if i < encoding.eot_token]
-        print(f"--- {path}\n{encoding.decode(ids)}")
+                          for path, (model, _) in zip(paths, models)}, indent=1))
+    elif args.sample is not None:
+        for path, (model, _) in zip(paths, models):
+            torch.manual_seed(1)
+            idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)
+            ids = [i for i in model.generate(idx, 200, 0.8, 50)[0].tolist() if i < encoding.eot_token]
+            print(f"--- {path}\n{encoding.decode(ids)}")
+    else:
+        print_table(paths, models, args.data, args.windows)
 
 
 if __name__ == "__main__":

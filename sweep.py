@@ -2,9 +2,9 @@
 Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a figure: the study of "Strong
 Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), at a scale of your choice.
 
-    python sweep.py                                    # --scale laptop: half an hour, first gains in minutes
+    python sweep.py                                    # --scale laptop: 40 minutes of two slow cores
     python sweep.py --scale smoke                      # the same path in a minute: too small to find anything
-    python sweep.py --student xs@1.5M --teachers xs@1M,m@8M --seeds 1,2,3,4
+    python sweep.py --student xs@1.5M --teachers xs@1M,m@8M --alphas 0.25,1 --seeds 1,2,3 --out out/mine
     python sweep.py --scale full --dry_run             # every run with its FLOPs; nothing is trained
     python sweep.py --report results/full              # table, verdicts, figure from a results.jsonl alone
 
@@ -25,8 +25,8 @@ import torch
 from tqdm import tqdm
 
 from data import UserError, load_meta, make_parser, prepare, run_main, whole_number
-from distill import H100_FLOPS, Config, train
-from eval import (IN, KEYS, OUT, REPORT, TIMES, evaluate, evaluation_sets, measures, model_name, parse_model,
+from distill import H100_FLOPS, Config, list_of_numbers, train
+from eval import (IN, KEYS, OUT, PLAIN, REPORT, evaluate, evaluation_sets, losses, model_name, parse_model,
                   read_rows, read_windows, write_report)
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
@@ -49,9 +49,9 @@ class Scale:
 SCALES = {
     "smoke": Scale("s@32K", "bigram@64K xs@8K xs@64K s@64K m@64K", (0.25, 1.0), windows=16, items=32,
                    training={"compile": False}),
-    "laptop": Scale("s@1.5M", "bigram@8M xs@2M xs@8M s@8M m@8M", (0.1, 0.25, 1.0)),
+    "laptop": Scale("s@1.5M", "bigram@8M xs@2M xs@8M s@8M l@8M", (0.1, 0.25, 1.0), range(41, 46)),
     "full": Scale("s@1.5M", "unigram@8M bigram@8M xs@1M xs@2M s@1M xs@8M s@8M m@8M l@8M",
-                  (0.1, 0.25, 0.5, 1.0), tuple(range(21, 29)), teacher_sets=8),        # each seed has its own
+                  (0.1, 0.25, 0.5, 1.0), range(21, 27), teacher_sets=8),     # each seed has its own
     "gpu": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", vocab_size=50_304,
                  corpus="fineweb-edu",
                  training=dict(batch_size=8, accumulate=16, block_size=1024, lr=1e-3, warmup=0.05)),
@@ -60,6 +60,9 @@ SCALES = {
                    (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256, corpus="fineweb-edu",
                    training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4, warmup=0.05)),
 }
+
+
+SMALL_MODEL = 400_000                # FLOPs a token that a small model's overhead on a CPU is worth
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,30 @@ class Run:
         student, teacher = self.flops(scale)
         return len(self.alphas) * student + teacher
 
+    def work(self, scale):
+        """What predicts its time: FLOPs, and for small models as much again as SMALL_MODEL for each token."""
+        return self.total_flops(scale) + len(self.alphas) * parse_model(self.model)[1] * SMALL_MODEL
+
+    def fraction_done(self, scale, out):
+        """How much of its training is in its log."""
+        try:
+            with open(f"{out}/runs/{self.name}/log.jsonl") as f:
+                steps = 1 + json.loads(f.readlines()[-1])["step"]
+        except (OSError, IndexError, ValueError):            # not begun, or a line half written
+            return 0
+        return steps * Config(**scale.training).tokens_per_step / parse_model(self.model)[1]
+
 
 def plan(scale):
     """All runs in an order in which each follows those it needs: seed by seed, weakest teacher first."""
     runs, (size, tokens) = [], parse_model(scale.student)
     for seed in scale.seeds:
-        half, alone, twice = (Run(model_name(size, round(n * tokens)), seed) for n in TIMES)
+        alone, twice = (Run(model_name(size, n * tokens), seed) for n in (1, 2))
         runs.append(alone)
         for model in scale.teachers.replace(",", " ").split():
             teacher = Run(model_name(*parse_model(model)), 1000 + seed % scale.teacher_sets)
             runs += [teacher, Run(alone.model, seed, scale.alphas, teacher, alone)]
-        runs += [half, twice]
+        runs.append(twice)
     return list(dict.fromkeys(runs))                         # several students share a teacher
 
 
@@ -138,9 +154,9 @@ def train_and_evaluate(run, scale, data, out, device):
 def cell_line(run, rows):
     """'xs@2M (0.27 nats worse) -> s@1.5M, seed 1: outside +0.045 at alpha 0.25, -0.186 at alpha 1'"""
     keys = run.teacher.keys + run.alone.keys + run.keys
-    teacher, alone, *taught = (measures(rows[key])[REPORT] for key in keys)
+    teacher, alone, *taught = (losses(rows[key])[REPORT, PLAIN] for key in keys)
     nats, word = abs(teacher[IN] - alone[IN]), "worse" if teacher[IN] > alone[IN] else "better"
-    gains = [f"{alone[OUT] - m[OUT]:+.3f} at alpha {alpha:g}" for m, alpha in zip(taught, run.alphas)]
+    gains = [f"{alone[OUT] - x[OUT]:+.3f} at alpha {alpha:g}" for x, alpha in zip(taught, run.alphas)]
     return (f"{run.teacher.model} ({nats:.2f} nats {word}) -> {run.model}, seed {run.seed}: outside "
             f"{', '.join(gains)}")
 
@@ -157,16 +173,17 @@ def sweep(scale, data, out, jobs, device):
     os.replace(f"{path}.tmp", path)
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
-    needed = {run.teacher for run in missing if run.teacher}              # retrained if only its row is left
-    lost = {teacher for teacher in needed if not os.path.exists(teacher.checkpoint(out))}
-    todo = [run for run in runs if run in missing or run in lost]
+    needed = {run.teacher for run in missing if run.teacher}
+    todo = [run for run in runs if run in missing
+            or run in needed and not os.path.exists(run.checkpoint(out))]        # only its row is left
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")   # which complains after Ctrl-C
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
-    bar = tqdm(total=sum(run.total_flops(scale) for run in todo), unit="FLOP", unit_scale=True, smoothing=0,
-               miniters=0, mininterval=1 if os.isatty(2) else 60)
+    left = sum(run.work(scale) for run in todo)
+    bar = tqdm(total=left, bar_format="{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
+               smoothing=0, miniters=0, mininterval=1 if os.isatty(2) else 60)
     try:
         while todo or running:
             ready = [run for run in todo if {run.teacher, run.alone} <= done]
@@ -174,7 +191,6 @@ def sweep(scale, data, out, jobs, device):
                 todo.remove(run)
                 running[pool.submit(train_and_evaluate, run, scale, data, out, device)] = run
             finished, _ = futures.wait(running, timeout=1, return_when=futures.FIRST_COMPLETED)
-            bar.update(0)                                    # redraws the elapsed time
             for future in finished:
                 run = running.pop(future)
                 for key, row in zip(run.keys, future.result()):
@@ -183,12 +199,14 @@ def sweep(scale, data, out, jobs, device):
                         with open(path, "a") as f:
                             f.write(json.dumps(row) + "\n")
                 done.add(run)
-                bar.update(run.total_flops(scale))
+                left -= run.work(scale)
                 if run.teacher:
                     bar.write(cell_line(run, rows))
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
                     lines = write_report([*rows.values()], out).splitlines()
                     bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
+            training = sum(run.work(scale) * run.fraction_done(scale, out) for run in running.values())
+            bar.update(bar.total - left + training - bar.n)
     except futures.process.BrokenProcessPool:
         raise UserError("a worker died (out of memory? try --jobs 1); rerun the same command to "
                         "resume") from None
@@ -208,6 +226,8 @@ def main():
     parser.add_argument("--scale", default="laptop", choices=SCALES, help="the experiment (default: laptop)")
     parser.add_argument("--student", metavar="MODEL", help="instead of the scale's, such as s@1.5M")
     parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, weakest first")
+    parser.add_argument("--alphas", metavar="A,A", type=list_of_numbers,
+                        help="instead of the scale's, such as 0.25,1")
     parser.add_argument("--seeds", metavar="N,N", help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
@@ -219,20 +239,23 @@ def main():
     if args.report:
         return print(write_report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
+    seeds = list(map(whole_number, args.seeds.split(","))) if args.seeds else scale.seeds
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
-                    seeds=list(map(whole_number, args.seeds.split(","))) if args.seeds else scale.seeds)
+                    alphas=args.alphas or scale.alphas, seeds=seeds)
+    if not all(0 < alpha <= 1 for alpha in scale.alphas):
+        raise UserError("--alphas must lie above 0 and at most at 1: the student alone is trained anyway")
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
     if args.dry_run:
-        flops = 0
+        flops, work = 0, sum(run.work(scale) for run in runs)
         for run in runs:
             flops += run.total_flops(scale)
             print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {run.total_flops(scale):9.2e} FLOPs")
-        cost = f"{flops / 5e10 / jobs / 60:,.0f} minutes on {jobs} CPU cores"
+        cost = f"{work / 5.5e10 / jobs / 60:,.0f} minutes of {jobs} slow CPU cores"
         if scale.corpus == "fineweb-edu":                    # at the 27 % of its peak that was measured
             cost = f"{flops / (0.27 * H100_FLOPS) / 3600:,.0f} hours on an H100"
-        return print(f"{len(runs)} runs, {flops:.2e} FLOPs: training alone takes about {cost} (computed)")
+        return print(f"{len(runs)} runs, {flops:.2e} FLOPs: about {cost} (computed)")
     start, out, data = time.time(), args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
