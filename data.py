@@ -18,6 +18,7 @@ Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. ti
 """
 import argparse
 import base64
+import codecs
 import glob
 import hashlib
 import importlib.metadata
@@ -43,10 +44,15 @@ END_OF_TEXT = "<|endoftext|>"
 PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VAL_PERCENT = 5                     # of the documents, chosen by a hash of their name
 OOD_CHARS = 2_000_000               # characters of an out-of-distribution set, at most
-BPE_CHARS = 4_000_000               # characters of training text from which the vocabulary is learned
+BPE_CHARS = 4_000_000               # characters of training text from which the vocabulary is learned,
+BPE_WORDS = 500_000                 # or fewer: bytes of distinct words, which are long without spaces
 BUILD_FILES = ("_sysconfigdata", "version.py", "__config__.py")             # these differ with every build
 FINEWEB = ("https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
            "edu_fineweb_{}.bin")
+
+
+class UserError(Exception):
+    """A mistake the user can fix, in one line. A file that cannot be read or written is an OSError."""
 
 
 def sha(data):
@@ -105,7 +111,7 @@ def pieces(path):
 def fineweb_shard(name, out_dir):
     """
     Download a shard of FineWeb-Edu in GPT-2's tokens, if it is not there -> its ids, about 100 million. It is
-    a header of 256 int32 (magic, version, number of tokens) and then uint16. Raises UserError.
+    a header of 256 int32 (magic, version, number of tokens) and then uint16.
     """
     url, path = FINEWEB.format(name), os.path.join(out_dir, f"{name}.shard")
     if not os.path.exists(path):
@@ -125,11 +131,9 @@ def split_documents(in_domain, ood, more_ood):
     """
     -> {"train": documents, "val": ..., "ood_NAME": ...}; more_ood: sets of the user's own. val by a hash of
     the name, so that adding a file moves no other; in the order of that hash, so that any prefix is a
-    fair sample; no text twice. Raises UserError where a set is empty, or a name is taken.
+    fair sample; no text twice.
     """
     sets, seen = {"train": [], "val": []}, set()
-    if ood.keys() & more_ood.keys():
-        raise UserError(f"--ood: this corpus has sets named {', '.join(ood)} already: choose another name")
 
     def unseen(documents):
         for name, text in sorted(documents, key=lambda document: sha(document[0])):
@@ -147,7 +151,8 @@ def split_documents(in_domain, ood, more_ood):
             size += len(text)
     for name, documents in sets.items():
         if not documents:
-            raise UserError(f"the set {name} is empty: provide more text, at least about 100 kB")
+            which = "torch's C++ headers" if name == "ood_cpp" else "more text, at least about 100 kB"
+            raise UserError(f"the set {name} is empty: it needs {which}, and none that another set has")
     return sets
 
 
@@ -206,15 +211,14 @@ def bracket_item(text, start, end):
 def read_items(path):
     """
     Items from a file of JSON lines, {"context", "choices", "label"} or HellaSwag's {"ctx", "endings",
-    "label"}, whose endings follow after a space. Raises OSError, or UserError with the bad line's number.
+    "label"}, whose endings follow after a space.
     """
-    items = []
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    items, lines = [], Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
         try:
-            item = json.loads(line)
+            if not line.strip():
+                continue
+            item = json.loads(line.decode("utf-8"))
             if "ctx" in item:
                 item |= {"context": item["ctx"], "choices": [f" {ending}" for ending in item["endings"]]}
             context, choices = item["context"], item["choices"]
@@ -223,8 +227,8 @@ def read_items(path):
             if not texts or not all(choices):
                 raise ValueError
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}: line {number} is not an item: "context", "choices", "label" (or "ctx", '
-                            '"endings", "label")') from None
+            raise UserError(f'{path}: line {number} is not an item in UTF-8: "context", "choices", "label" '
+                            '(or "ctx", "endings", "label")') from None
         items.append({"context": context, "choices": choices, "label": label})
     if len(items) < 2:
         raise UserError(f"{path} needs at least two items")
@@ -242,7 +246,12 @@ def train_bpe(text, vocab_size, pattern=PATTERN):
     out of pairs. A merge touches only the words that hold the pair, which `where` knows.
     """
     vocab = [bytes([b]) for b in range(256)]
-    word_counts = Counter(regex.findall(pattern, text))
+    word_counts, distinct = Counter(), 0
+    for word in regex.findall(pattern, text):
+        distinct += 0 if word in word_counts else len(word.encode())
+        if distinct > BPE_WORDS:
+            break
+        word_counts[word] += 1
     words = [list(word.encode("utf-8")) for word in word_counts]
     freq = list(word_counts.values())
     count, where = Counter(), defaultdict(set)               # pair -> how often, pair -> in which words
@@ -280,88 +289,82 @@ def make_encoding(ranks, pattern):
 
 # ---- tokens on disk ----------------------------------------------------------
 
-def python_corpus(ood, vocab_size, **_):
-    """The Python on this machine. -> encoding, vocabulary size, {set: arrays of ids}, {task: items}."""
-    in_domain, python_ood = python_documents()
-    sets = split_documents(in_domain, python_ood, ood)
-    of_python = [sets[name] for name in ("val", "ood_sympy", "ood_numpy", "ood_networkx")]
-    return *learn_and_encode(sets, vocab_size), {"brackets": bracket_items(of_python)}
-
-
-def text_corpus(ood, vocab_size, train, **_):
-    """The user's own files. -> as python_corpus."""
-    in_domain = [piece for path in train for piece in pieces(path)]
-    return *learn_and_encode(split_documents(in_domain, {}, ood), vocab_size), {}
-
-
-def fineweb_corpus(ood, tokens, out_dir, **_):
-    """FineWeb-Edu in GPT-2's tokens; out of distribution is what it is not: code. -> as python_corpus."""
-    in_domain, python_ood = python_documents()
-    sets = split_documents(in_domain, python_ood, ood)
-    del sets["train"]
-    sets["ood_code"] = sets.pop("val")
-    gpt2 = tiktoken.get_encoding("gpt2")
-    encoding = make_encoding(gpt2._mergeable_ranks, gpt2._pat_str)
-    arrays = {name: encode(documents, encoding) for name, documents in sets.items()}
-    names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
-    arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
-    arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
-    return encoding, 50_304, arrays, {}                      # a multiple of 64, for the GPU
-
-
-CORPORA = {"python": python_corpus, "text": text_corpus, "fineweb-edu": fineweb_corpus}
-
-
 def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None,
             tasks=None):
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
     "fineweb-edu", with `tokens` training tokens. vocab_size counts the bytes, the merges and end-of-text;
     tasks = {name: file of items}. A finished out_dir of the same arguments is left as it is; another is an
-    error. Raises UserError, OSError.
+    error.
     """
     ood, tasks = dict(ood or {}), dict(tasks or {})
     files = (*train, *ood.values(), *tasks.values())
+    for path in files:
+        if not os.path.isfile(path):
+            raise UserError(f"{path} is not a file")
     arguments = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
                  "tasks": list(tasks), "files": [sha(Path(path).read_bytes()) for path in files]}
-    if os.path.exists(os.path.join(out_dir, "meta.json")):
+    out = Path(out_dir)
+    if (out / "meta.json").exists():
         meta = load_meta(out_dir)
         if meta["arguments"] != arguments:
             raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder")
         return meta
+
+    # the text
     ood = {name: list(pieces(path)) for name, path in ood.items()}
     tasks = {name: read_items(path) for name, path in tasks.items()}
-    encoding, vocab_size, arrays, made = CORPORA[corpus](
-        ood=ood, vocab_size=vocab_size, train=train, tokens=tokens, out_dir=out_dir)
-    if tasks.keys() & made.keys():
-        raise UserError(f"--task: this corpus has a task {', '.join(made)} already: choose another name")
-    tasks |= made
-    os.makedirs(out_dir, exist_ok=True)
-    for name, items in tasks.items():
-        text = "".join(json.dumps(item) + "\n" for item in items)
-        Path(out_dir, f"task_{name}.jsonl").write_text(text)
-        tasks[name] = {"items": len(items), "sha256": sha(text)}
+    if corpus == "text":
+        in_domain, python_ood = [piece for path in train for piece in pieces(path)], {}
+    else:
+        in_domain, python_ood = python_documents()
+    sets, arrays = split_documents(in_domain, python_ood, ood), {}
+    if corpus == "python":
+        if "brackets" in tasks:
+            raise UserError("--task: this corpus has a task brackets already: choose another name")
+        of_python = "val", "ood_sympy", "ood_numpy", "ood_networkx"
+        tasks["brackets"] = bracket_items([sets[name] for name in of_python])
+    if corpus == "fineweb-edu":                              # code is out of distribution
+        names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
+        arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
+        arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
+        del sets["train"]
+        sets["ood_code"] = sets.pop("val")
+
+    # the vocabulary
+    if corpus == "fineweb-edu":
+        gpt2 = tiktoken.get_encoding("gpt2")
+        encoding = make_encoding(gpt2._mergeable_ranks, gpt2._pat_str)
+        vocab_size = 50_304                                  # a multiple of 64, for the GPU
+    else:
+        text = "\n".join(text for _, text in sets["train"])[:BPE_CHARS]
+        encoding = make_encoding(train_bpe(text, vocab_size - 1), PATTERN)
+        vocab_size = encoding.n_vocab
+    arrays |= {name: encode(documents, encoding) for name, documents in sets.items()}
+
+    # the files; meta.json comes last, and what an unfinished call has left goes first
+    out.mkdir(parents=True, exist_ok=True)
+    for path in (*out.glob("*.bin"), *out.glob("task_*.jsonl")):
+        path.unlink()
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
                     for token, rank in encoding._mergeable_ranks.items())
-    Path(out_dir, "vocab.tiktoken").write_text(vocab)
+    (out / "vocab.tiktoken").write_text(vocab)
+    for name, items in tasks.items():
+        text = "".join(json.dumps(item) + "\n" for item in items)
+        (out / f"task_{name}.jsonl").write_text(text)
+        tasks[name] = {"items": len(items), "sha256": sha(text)}
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+    packages = "torch", "numpy", "sympy", "networkx"
     meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
             "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
-            "sets": {name: write_ids(out_dir, name, ids, encoding, dtype) for name, ids in arrays.items()},
+            "sets": {name: write_ids(out / f"{name}.bin", arrays[name], encoding, dtype) for name in arrays},
             "tasks": tasks,
-            "versions": {"python": platform.python_version(), **{
-                name: importlib.metadata.version(name) for name in ("torch", "numpy", "sympy", "networkx")}}}
+            "versions": {"python": platform.python_version(),
+                         **{name: importlib.metadata.version(name) for name in packages}}}
     meta["fingerprint"] = fingerprint(meta)
-    Path(out_dir, "meta.json.tmp").write_text(json.dumps(meta, indent=1))
-    os.replace(os.path.join(out_dir, "meta.json.tmp"), os.path.join(out_dir, "meta.json"))
+    (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
+    os.replace(out / "meta.json.tmp", out / "meta.json")
     return meta
-
-
-def learn_and_encode(sets, vocab_size):
-    """Sets of documents -> an encoding learned from "train", its size, {set: arrays of ids}."""
-    text = "\n".join(text for _, text in sets["train"])[:BPE_CHARS]
-    encoding = make_encoding(train_bpe(text, vocab_size - 1), PATTERN)
-    return encoding, encoding.n_vocab, {name: encode(documents, encoding) for name, documents in sets.items()}
 
 
 def encode(documents, encoding):
@@ -371,14 +374,14 @@ def encode(documents, encoding):
             yield np.array([*ids, encoding.eot_token])
 
 
-def write_ids(out_dir, name, arrays, encoding, dtype):
-    """Write arrays of ids one after the other as NAME.bin -> what meta.json says of it. Raises UserError."""
+def write_ids(path, arrays, encoding, dtype):
+    """Write arrays of ids one after the other to path -> what meta.json says of the set."""
     bytes_of = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)] + [0]
     counts, digest = np.zeros(encoding.n_vocab, dtype=np.int64), hashlib.sha256()
-    with open(os.path.join(out_dir, f"{name}.bin"), "wb") as f:
+    with open(path, "wb") as f:
         for ids in arrays:
             if ids.max() >= encoding.n_vocab:
-                raise UserError(f"{name} contains ids outside the vocabulary of {encoding.n_vocab}")
+                raise UserError(f"{path} contains ids outside the vocabulary of {encoding.n_vocab}")
             ids = ids.astype(dtype)
             ids.tofile(f)
             digest.update(ids)
@@ -394,10 +397,11 @@ def fingerprint(meta):
 
 
 def load_meta(data_dir):
-    """meta.json of a corpus folder: sizes, fingerprints, and what it was made from. Raises UserError."""
+    """meta.json of a corpus folder: sizes, fingerprints, and what it was made from."""
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
-        corpus = os.path.basename(data_dir) if os.path.basename(data_dir) in CORPORA else "..."
+        name = os.path.basename(data_dir)
+        corpus = name if name in ("python", "fineweb-edu") else "..."
         raise UserError(f"{data_dir} is not a corpus folder: make it with python data.py --corpus {corpus} "
                         f"--out {data_dir}")
     try:
@@ -410,7 +414,7 @@ def load_meta(data_dir):
 
 
 def load_tokenizer(data_dir):
-    """The tiktoken.Encoding a corpus folder was made with. Raises UserError."""
+    """The tiktoken.Encoding a corpus folder was made with."""
     meta, vocab = load_meta(data_dir), Path(data_dir, "vocab.tiktoken").read_text(encoding="latin-1")
     if meta["tokenizer"] != sha(vocab + meta["pattern"]):
         raise UserError(f"{data_dir}/vocab.tiktoken is damaged: delete {data_dir} and make it again")
@@ -419,12 +423,12 @@ def load_tokenizer(data_dir):
 
 
 def load_tokens(path):
-    """The ids of a set, DATA_DIR/NAME.bin, as a memory map. Raises UserError if they are not meta.json's."""
+    """The ids of a set, DATA_DIR/NAME.bin, as a memory map; those that meta.json knows, or an error."""
     meta, name = load_meta(os.path.dirname(path)), os.path.basename(path).removesuffix(".bin")
-    size = meta["sets"][name]["tokens"] * np.dtype(meta["dtype"]).itemsize
-    if os.path.exists(path) and os.path.getsize(path) == size:
+    known = meta["sets"][name]
+    if os.path.exists(path) and os.path.getsize(path) == known["tokens"] * np.dtype(meta["dtype"]).itemsize:
         tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-        if name == "train" or tokens.max() < meta["ids"]:    # train.bin may have billions
+        if name == "train" or hashlib.sha256(tokens).hexdigest() == known["sha256"]:     # train may be huge
             return tokens
     raise UserError(f"{path} is missing or damaged: delete its folder and make it again with data.py")
 
@@ -460,15 +464,11 @@ class Batches:
 
 # ---- what all command lines share --------------------------------------------
 
-class UserError(Exception):
-    """A mistake the user can fix, in one line. A file that cannot be read or written is an OSError."""
-
-
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def whole_number(text):
-    """'1.5M' -> 1500000. Raises UserError."""
+    """'1.5M' -> 1500000."""
     unit = UNITS.get(text[-1:].upper())
     try:
         return round(float(text[:-1]) * unit) if unit else int(text)
@@ -485,7 +485,8 @@ def make_parser(doc):
 def run_main(main):
     """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")                 # not every terminal can print ±
+        if hasattr(stream, "reconfigure"):                   # a notebook's has not
+            stream.reconfigure(errors="replace")             # not every terminal can print ±
     try:
         main()
         sys.stdout.flush()
@@ -509,18 +510,20 @@ def main():
     parser.add_argument("--tokens", type=whole_number, metavar="N", help="fineweb-edu: training tokens, in "
                         "whole shards of 100 million; K, M, B are 10^3, 10^6, 10^9 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
-    parser.add_argument("--train", nargs="+", default=[], metavar="FILE",
+    parser.add_argument("--train", nargs="+", action="extend", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")
-    parser.add_argument("--ood", nargs="+", default=[], metavar="NAME=FILE",
+    parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE",
                         help="your own out-of-distribution sets, one UTF-8 file each")
-    parser.add_argument("--task", nargs="+", default=[], metavar="NAME=FILE",
+    parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="NAME=FILE",
                         help='your own downstream tasks: JSON lines with "context", "choices", "label", '
                         "or HellaSwag's own file")
     args = parser.parse_args()
     ood, tasks = (dict(word.partition("=")[::2] for word in words) for words in (args.ood, args.task))
     for flag, words, named in (("--ood", args.ood, ood), ("--task", args.task, tasks)):
-        if len(named) < len(words) or not all(name.isidentifier() and path for name, path in named.items()):
-            parser.error(f"{flag} takes NAME=FILE, each name once, not {' '.join(words)}")
+        if not all(name.isidentifier() and path for name, path in named.items()):
+            parser.error(f"{flag} takes NAME=FILE, a NAME of letters, digits and _, not {' '.join(words)}")
+        if len(named) < len(words):
+            parser.error(f"{flag} takes each NAME once, not {' '.join(words)}")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--train FILES goes with --corpus text, and only with it")
     if args.vocab_size < 257:

@@ -193,7 +193,7 @@ def print_table(paths, models, data_dir, windows):
     """Checkpoints side by side: a line per measure, a column each, in brackets the gain over the first."""
     for i, (path, (_, extra)) in enumerate(zip(paths, models)):
         settings, alpha = extra["settings"], extra["alpha"]
-        taught = f", alpha {alpha:g} from {settings['teacher']['size']}" if alpha else ""
+        taught = f", alpha {alpha:g} from {settings['teacher']['name']}" if alpha else ""
         print(f"[{i}] {path}: {settings['size']}, {settings['tokens']:,} tokens, seed {settings['seed']}"
               f"{taught}")
     columns = [{name: x["report"] for name, x in evaluate(model, data_dir, windows).items()}

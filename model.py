@@ -228,7 +228,6 @@ def pick_device(name="auto", dtype="auto"):
     """
     'auto', 'cpu', 'cuda', 'cuda:1', 'mps' ... -> torch.device, and the dtype for autocast(): auto is float32,
     on CUDA bfloat16, or float16 where the GPU has no bfloat16. Under torchrun each rank has a GPU of its own.
-    Raises OSError where there is no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -255,12 +254,12 @@ def autocast(device, dtype):
 # ---- checkpoints -------------------------------------------------------------
 
 def save_file(path, obj):
-    """torch.save to a temporary file, then rename: path is never half-written. Raises OSError."""
+    """torch.save to a temporary file, then rename: path is never half-written."""
     try:
         torch.save(obj, f"{path}.tmp")
-        os.replace(f"{path}.tmp", path)
     except RuntimeError as e:                                # what torch raises on a full disk
         raise OSError(f"cannot write {path}, is the disk full? ({e})") from e
+    os.replace(f"{path}.tmp", path)
 
 
 def load_file(path):
@@ -271,7 +270,7 @@ def load_file(path):
         if zipfile.ZipFile(path).testzip():                  # torch.load does not see a flipped byte
             raise ValueError
         return {**torch.load(path, map_location="cpu", weights_only=True)}
-    except (MemoryError, PermissionError):
+    except (MemoryError, OSError):
         raise
     except Exception:                                        # of many kinds, all for the same reason
         raise OSError(f"{path} is damaged or not a file of distill.py: delete it and train again") from None
@@ -299,7 +298,7 @@ def load_checkpoint(path, device="cpu", tokenizer=None):
 def to_hf(path, folder, data_dir):
     """
     Write the checkpoint at path, with the tokenizer of the corpus in data_dir, as a folder that transformers'
-    AutoModelForCausalLM and AutoTokenizer load (4.46 to 5.x). Raises UserError or OSError.
+    AutoModelForCausalLM and AutoTokenizer load (4.46 to 5.x).
     """
     from data import END_OF_TEXT, UserError, load_meta, load_tokenizer
     if os.path.isfile(folder):

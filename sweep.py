@@ -62,9 +62,6 @@ SCALES = {
 }
 
 
-SMALL_MODEL = 400_000                # FLOPs a token that a small model's overhead on a CPU is worth
-
-
 @dataclass(frozen=True)
 class Run:
     """One call of train(): a model alone, or a student for each alpha from one teacher."""
@@ -96,13 +93,10 @@ class Run:
             return tokens * flops_per_token(GPTConfig(scale.vocab_size, block_size, **shape))
         return 3 * forward(self), forward(self.teacher) if self.teacher else 0
 
-    def total_flops(self, scale):
-        student, teacher = self.flops(scale)
-        return len(self.alphas) * student + teacher
-
     def work(self, scale):
-        """What predicts its time: FLOPs, and for small models as much again as SMALL_MODEL for each token."""
-        return self.total_flops(scale) + len(self.alphas) * parse_model(self.model)[1] * SMALL_MODEL
+        """FLOPs and, for what a small model costs on top, 400,000 a token: in proportion to time on a CPU."""
+        student, teacher = self.flops(scale)
+        return len(self.alphas) * (student + 400_000 * parse_model(self.model)[1]) + teacher
 
     def fraction_done(self, scale, out):
         """How much of its training is in its log."""
@@ -128,16 +122,16 @@ def plan(scale):
 
 
 def start_worker(threads):
-    """Set up a worker: it shares the cores, and exits when the sweep does, even if that is killed."""
+    """Set up a worker: it shares the cores, and exits when its parent does, even if that is killed."""
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is for the sweep
-    sweep = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (sweep.join(), os._exit(1)), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)             # Ctrl-C is for the parent
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def train_and_evaluate(run, scale, data, out, device):
     """In a worker -> rows of results.jsonl, one for each alpha."""
-    start, rows, corpus = time.time(), [], load_meta(data)["fingerprint"]
+    start, rows, corpus = time.perf_counter(), [], load_meta(data)["fingerprint"]
     size, tokens = parse_model(run.model)
     teacher = run.teacher.checkpoint(out) if run.teacher else ""
     config = Config(data=data, out=f"{out}/runs/{run.name}", size=size, tokens=tokens, seed=run.seed,
@@ -148,7 +142,7 @@ def train_and_evaluate(run, scale, data, out, device):
         metrics = evaluate(model, data, scale.windows, scale.items)
         rows.append({**dict(zip(KEYS, key)), "corpus": corpus, "flops": student_flops,
                      "teacher_flops": teacher_flops, "metrics": metrics})
-    return [{**row, "seconds": round((time.time() - start) / len(rows), 1)} for row in rows]
+    return [{**row, "seconds": round((time.perf_counter() - start) / len(rows), 1)} for row in rows]
 
 
 def cell_line(run, rows):
@@ -162,7 +156,7 @@ def cell_line(run, rows):
 
 
 def sweep(scale, data, out, jobs, device):
-    """Run what is not in results.jsonl yet, `jobs` runs at a time -> all rows. Raises UserError."""
+    """Run what is not in results.jsonl yet, `jobs` runs at a time -> all rows."""
     path = f"{out}/results.jsonl"
     rows = {tuple(row[name] for name in KEYS): row for row in read_rows(path)}
     if any(row["corpus"] != load_meta(data)["fingerprint"] for row in rows.values()):
@@ -179,7 +173,6 @@ def sweep(scale, data, out, jobs, device):
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")   # which complains after Ctrl-C
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
     left = sum(run.work(scale) for run in todo)
     bar = tqdm(total=left, bar_format="{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
@@ -242,33 +235,39 @@ def main():
     seeds = list(map(whole_number, args.seeds.split(","))) if args.seeds else scale.seeds
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
                     alphas=args.alphas or scale.alphas, seeds=seeds)
+    if "RANK" in os.environ:
+        raise UserError("sweep.py cannot run under torchrun: run python sweep.py")
+    if max(seeds) >= 1000:
+        raise UserError("--seeds must be below 1000: those from 1000 on are the teachers'")
     if not all(0 < alpha <= 1 for alpha in scale.alphas):
         raise UserError("--alphas must lie above 0 and at most at 1: the student alone is trained anyway")
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
     if args.dry_run:
-        flops, work = 0, sum(run.work(scale) for run in runs)
+        total = 0
         for run in runs:
-            flops += run.total_flops(scale)
-            print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {run.total_flops(scale):9.2e} FLOPs")
-        cost = f"{work / 5.5e10 / jobs / 60:,.0f} minutes of {jobs} slow CPU cores"
+            student, teacher = run.flops(scale)
+            flops = len(run.alphas) * student + teacher
+            total += flops
+            print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {flops:9.2e} FLOPs")
+        minutes = sum(run.work(scale) for run in runs) / 4e10 / jobs / 60
+        cost = f"{minutes:,.0f} minutes of {jobs} slow CPU cores"
         if scale.corpus == "fineweb-edu":                    # at the 27 % of its peak that was measured
-            cost = f"{flops / (0.27 * H100_FLOPS) / 3600:,.0f} hours on an H100"
-        return print(f"{len(runs)} runs, {flops:.2e} FLOPs: about {cost} (computed)")
-    start, out, data = time.time(), args.out or f"out/{args.scale}", args.data or f"data/{scale.corpus}"
+            cost = f"{total / (0.27 * H100_FLOPS) / 3600:,.0f} hours on an H100"
+        return print(f"{len(runs)} runs, {total:.2e} FLOPs: about {cost} (computed)")
+    start, out = time.perf_counter(), args.out or f"out/{args.scale}"
+    data = args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
-    corpus, sets = load_meta(data)["arguments"]["corpus"], evaluation_sets(data)
-    if corpus not in (scale.corpus, "text"):                 # text: the user's own
-        raise UserError(f"{data} holds the corpus {corpus}; this scale needs {scale.corpus}")
+    sets = evaluation_sets(data)
     if len(sets) < 2:
         raise UserError(f"{data} has no out-of-distribution set: add one with data.py --ood")
     for path in sets.values():                               # now, not after an hour
         read_windows(path, Config(**scale.training).block_size, most=1)
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
     print(f"\n{write_report(sweep(scale, data, out, jobs, str(device)), out)}\n{out}: report.md, figures, "
-          f"results.jsonl; {(time.time() - start) / 60:.1f} minutes")
+          f"results.jsonl; {(time.perf_counter() - start) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":
