@@ -293,11 +293,13 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
             tasks=None):
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
-    "fineweb-edu", with `tokens` training tokens. vocab_size counts the bytes, the merges and end-of-text;
-    tasks = {name: file of items}. A finished out_dir of the same arguments is left as it is; another is an
-    error.
+    "fineweb-edu", with `tokens` training tokens. vocab_size counts the bytes, the merges and end-of-text, or
+    is "gpt2", as it always is with fineweb-edu; tasks = {name: file of items}. A finished out_dir of the same
+    arguments is left as it is; another is an error.
     """
     ood, tasks = dict(ood or {}), dict(tasks or {})
+    if corpus == "fineweb-edu":
+        vocab_size = "gpt2"
     files = (*train, *ood.values(), *tasks.values())
     for path in files:
         if not os.path.isfile(path):
@@ -332,7 +334,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         sets["ood_code"] = sets.pop("val")
 
     # the vocabulary
-    if corpus == "fineweb-edu":
+    if vocab_size == "gpt2":
         gpt2 = tiktoken.get_encoding("gpt2")
         encoding = make_encoding(gpt2._mergeable_ranks, gpt2._pat_str)
         vocab_size = 50_304                                  # a multiple of 64, for the GPU
@@ -493,7 +495,7 @@ def run_main(main):
     except BrokenPipeError:                                  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (UserError, OSError) as e:
-        print(f"error: {e}", file=sys.stderr)
+        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)           # transformers' errors are long
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
@@ -505,8 +507,9 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--corpus", default="python", choices=("python", "text", "fineweb-edu"),
                         help="what to tokenize (default: python)")
-    parser.add_argument("--vocab_size", type=int, default=512, metavar="N", help="tokens in the vocabulary: "
-                        "256 bytes, merges, end-of-text; fineweb-edu has GPT-2's (default: 512)")
+    parser.add_argument("--vocab_size", type=lambda text: text if text == "gpt2" else int(text), default=512,
+                        metavar="N", help="tokens in the vocabulary: 256 bytes, merges, end-of-text; or "
+                        "gpt2, which fineweb-edu always has (default: 512)")
     parser.add_argument("--tokens", type=whole_number, metavar="N", help="fineweb-edu: training tokens, in "
                         "whole shards of 100 million; K, M, B are 10^3, 10^6, 10^9 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
@@ -526,7 +529,7 @@ def main():
             parser.error(f"{flag} takes each NAME once, not {' '.join(words)}")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--train FILES goes with --corpus text, and only with it")
-    if args.vocab_size < 257:
+    if args.vocab_size != "gpt2" and args.vocab_size < 257:
         parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {args.vocab_size}")
     out = args.out or f"data/{args.corpus}"
     train = []

@@ -33,7 +33,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Batches, UserError, load_meta, make_parser, run_main, whole_number
+from data import (END_OF_TEXT, Batches, UserError, load_meta, load_tokenizer, load_tokens, make_parser,
+                  run_main, whole_number)
 from model import (GPT, SIZES, GPTConfig, Table, autocast, flops_per_token, load_checkpoint, load_file,
                    pick_device, save_checkpoint, save_file)
 
@@ -46,7 +47,7 @@ class Config:
     size: str = "s"               # shape of the model, a name in model.SIZES
     tokens: int = 1_500_000       # training tokens, rounded down to whole steps; 1.5M is 1,500,000
     seed: int = 1                 # of the initial weights and of the order of the data
-    teacher: str = ""             # checkpoint of the teacher; none: plain pretraining
+    teacher: str = ""             # its ckpt.pt, or a folder or name of transformers; none: plain pretraining
     alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once
     temperature: float = 1.0      # of both distributions in the distillation term
     top_k: int = 0                # keep the teacher's k likeliest tokens (1: hard labels); 0: all of them
@@ -196,7 +197,7 @@ def train(config, show_progress=True):
     flops_a_token = len(students) * flops_per_token(shape, backward=True)
     if teacher:
         teacher_forward = maybe_compile(teacher.forward)
-        flops_a_token += flops_per_token(teacher.config)
+        flops_a_token += 2 * sum(p.numel() for p in teacher.parameters())
     bar = tqdm(total=config.steps, initial=first_step, desc=f"{config.size} x {len(students)}", unit="step",
                disable=None if show_progress and rank == 0 else True)
     all_finite = torch.ones((), dtype=torch.bool, device=device)
@@ -245,8 +246,8 @@ def train(config, show_progress=True):
         saving = rank == 0 and step + 1 < config.steps and now - saved_at > config.save_every
         if logging or saving:                                # float16's scale: 2^16, halved at a skipped step
             if not all_finite or any(student.scaler.get_scale() < 1 for student in students):
-                raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning rate "
-                                f"{lr:.3g}): lower --lr and choose another --out, or check the data")
+                raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning "
+                                f"rate {lr:.3g}): lower --lr and choose another --out, or check the data")
         if logging:
             if world > 1:
                 dist.all_reduce(losses)
@@ -305,13 +306,46 @@ def check(config):
 
 def load_teacher(config, meta, device):
     """-> the frozen teacher, and what it is known by: its name, and a hash of its weights."""
-    teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
+    if config.teacher.endswith(".pt"):
+        teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
+        name = extra["settings"]["size"]
+    else:
+        name = config.teacher
+        teacher = ForeignTeacher(name, config.data, meta["vocab_size"]).to(device)
     if teacher.config.block_size < config.block_size:
         raise UserError(f"--block_size {config.block_size} exceeds the teacher's {teacher.config.block_size}")
     digest = hashlib.sha256()
     for tensor in teacher.state_dict().values():
         digest.update(tensor.float().cpu().numpy())
-    return teacher.requires_grad_(False), {"name": extra["settings"]["size"], "weights": digest.hexdigest()}
+    return teacher.requires_grad_(False), {"name": name, "weights": digest.hexdigest()}
+
+
+class ForeignTeacher(torch.nn.Module):
+    """
+    What transformers' AutoModelForCausalLM loads, a folder or a name, if its tokenizer gives the ids of this
+    corpus. Token ids (B, T) -> logits (B, T, V), cut or padded to the corpus's vocabulary.
+    """
+
+    def __init__(self, name, data_dir, vocab_size):
+        super().__init__()
+        try:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+        except ImportError:
+            raise UserError(f"--teacher {name} is not a ckpt.pt and needs transformers: pip install "
+                            "transformers") from None
+        tokenizer, encoding = AutoTokenizer.from_pretrained(name), load_tokenizer(data_dir)
+        ids = load_tokens(f"{data_dir}/val.bin")[:10_000].tolist()
+        text = max(encoding.decode(ids).split(END_OF_TEXT), key=len)         # a stretch without end-of-text
+        if tokenizer.encode(text, add_special_tokens=False) != encoding.encode_ordinary(text):
+            raise UserError(f"the tokenizer of {name} does not give the tokens of {data_dir}: data.py "
+                            "--vocab_size gpt2 makes a corpus in GPT-2's")
+        self.model, self.vocab_size = AutoModelForCausalLM.from_pretrained(name).eval(), vocab_size
+        self.config = GPTConfig(vocab_size, self.model.config.max_position_embeddings)
+
+    def forward(self, idx):
+        logits = self.model(idx).logits[..., :self.vocab_size]
+        lowest = max(-1e9, torch.finfo(logits.dtype).min)
+        return F.pad(logits, (0, self.vocab_size - logits.size(-1)), value=lowest)
 
 
 def save_counts(shape, tokens, path, settings):
@@ -337,7 +371,7 @@ def save_counts(shape, tokens, path, settings):
 # (T^2 is there because r - q shrinks as 1/T as well when T grows: so the gradient keeps its size.)
 
 CHUNK_TOKENS = 256                   # at once on a CPU: at a vocabulary of 512 their logits fit its cache
-CHUNK_BYTES = 2**29                  # of logits on a GPU, where each chunk moves the whole gradient of the head
+CHUNK_BYTES = 2**29                  # of logits on a GPU, where each chunk moves the head's whole gradient
 TABLE_VOCAB = 4096                   # up to which a table may count: it has the square of that
 H100_FLOPS = 989e12                  # FLOP/s of an H100 in dense bfloat16, for MFU
 

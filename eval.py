@@ -176,17 +176,17 @@ def token_gains(base, student, teacher, other, data_dir, windows=256):
 def print_token_gains(paths, models, data_dir, windows):
     """The table of token_gains for BASE STUDENT --teacher TEACHER OTHER."""
     (base, b), (student, s), (teacher, _), (other, o) = models
-    names = ("size", "tokens", "seed")
-    (base_is, student_is, other_is) = ([extra["settings"][name] for name in names] for extra in (b, s, o))
+    base_is, student_is, other_is = (
+        [extra["settings"][name] for name in ("size", "tokens", "seed")] for extra in (b, s, o))
     if b["alpha"] or not s["alpha"] or base_is != student_is:
         raise UserError(f"{paths[0]} and {paths[1]} must be a student alone and a taught one, of the same "
                         "size, tokens and seed")
     if o["alpha"] or other_is[:2] != base_is[:2] or other_is[2] == base_is[2]:
         raise UserError(f"OTHER, {paths[3]}, must be a student alone like {paths[0]}, but of another seed")
-    print("who is right (argmax)                share    gain over [0], nats per token")
+    print(f"{'who is right (argmax)':35}  share  gain over [0], nats per token")
     for where, groups in token_gains(base, student, teacher, other, data_dir, windows).items():
         for name, (share, gain) in groups.items():
-            print(f"{where:10} {name:24} {share:7.1%}  {gain:+.3f}")
+            print(f"{where:10} {name:22} {share:8.1%}  {gain:+.3f}")
 
 
 def print_table(paths, models, data_dir, windows):
@@ -257,18 +257,15 @@ def accuracy(row):
 
 def read_rows(path):
     """The rows of a results.jsonl; [] without one. Half a last line, which a kill may leave, is dropped."""
-    rows, lines = {}, []
-    if os.path.exists(path):
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    rows = {}
+    lines = Path(path).read_text(encoding="utf-8-sig").split("\n") if os.path.exists(path) else []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            parse_model(row["model"]), parse_model(row["teacher"] or row["model"])
-            numbers = [row[name] for name in ("seed", "alpha", "flops", "teacher_flops", "seconds")]
-            if not np.isfinite([*losses(row).flat, accuracy(row), *numbers]).all():
+            if not np.isfinite([*losses(row).flat, row["flops"], row["teacher_flops"], row["seconds"]]).all():
                 raise ValueError
             rows.setdefault(tuple(row[name] for name in KEYS), row)
-        except Exception:                                    # of many kinds, all for the same reason
+        except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
             raise UserError(f"{path}: line {number} is not a valid result: delete it") from None
@@ -425,11 +422,13 @@ def write_report(rows, out):
             f"{rows[0]['corpus']}; made from results.jsonl by `python sweep.py --report`.\n")
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
-        text += report(s) if s else f"\n## Student {student}\n\nNo seed is complete yet.\n"
+        if not s:
+            text += f"\n## Student {student}\n\nNo seed is complete yet.\n"
+            continue
+        text += report(s)
         try:
-            if s:
-                draw(s, f"{out}/findings_{student}.png")
-                text += f"\n![the findings](findings_{student}.png)\n"
+            draw(s, f"{out}/findings_{student}.png")
+            text += f"\n![the findings](findings_{student}.png)\n"
         except Exception as e:                               # no matplotlib, or one that is set up wrong
             text += f"\nNo figure ({e}); it takes pip install matplotlib.\n"
     try:
@@ -441,28 +440,29 @@ def write_report(rows, out):
 
 def report(s):
     """study -> Markdown."""
-    lines = [f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n"]
+    text = f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n\n"
     for i, (claim, rule) in enumerate(FINDINGS.items(), 1):
         verdict, seen = rule(s)
-        lines.append(f"{i}. **{claim}: {verdict}.** {seen}")
+        text += f"{i}. **{claim}: {verdict}.** {seen}\n"
     inside, outside = s.alone.mean(0)
-    columns = ("teacher", "worse in domain", "best alpha", "gain in domain", "gain outside", "calibrated",
-               "its forward passes as text", "its training too")
-    given = "each with its own" if s.own_teachers else "given these"
-    lines += [f"\nAlone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. "
-              "Gains are over the student alone of the same seed. Alpha is chosen on the select halves; all "
-              f"figures are of the report halves. ± is a 95 % t-interval over seeds, {given} teachers. "
-              "As text: what the teacher's compute buys the student alone outside, spent on more text, at "
-              "most on twice its own.\n",
-              f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    text += f"""
+Alone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. Gains are over the
+student alone of the same seed. Alpha is chosen on the select halves; all figures are of the report halves.
+± is a 95 % t-interval over seeds, {"each with its own" if s.own_teachers else "given these"} teachers.
+As text: what the teacher's compute buys the student alone outside, if spent on text, at most twice its own.
+
+| teacher | worse in domain | best alpha | gain in domain | gain outside | calibrated \
+| its forward passes as text | its training too |
+|---|---|---|---|---|---|---|---|
+"""
     for i, teacher in enumerate(s.teachers):
         gains = *s.best[:, i, PLAIN].T, s.best[:, i, CALIBRATED, OUT], *s.as_text[:, i].T
-        cells = f"{s.worse[i]:+.3f}", f"{s.alpha[i, PLAIN]:g}", *map(show, gains)
-        lines.append(f"| {teacher} | {' | '.join(cells)} |")
+        text += (f"| {teacher} | {s.worse[i]:+.3f} | {s.alpha[i, PLAIN]:g} | "
+                 f"{' | '.join(show(gain) for gain in gains)} |\n")
     if s.points.any():
         points = (f"{name} {show(s.points[:, which].mean(1), 1)}" for name, which in groups(s))
-        lines.append(f"\nPoints of accuracy in the task: {', '.join(points)}.")
-    return "\n".join(lines) + "\n"
+        text += f"\nPoints of accuracy in the task: {', '.join(points)}.\n"
+    return text
 
 
 def draw(s, path):
@@ -475,31 +475,33 @@ def draw(s, path):
         means, margins = np.transpose([interval(x) for x in values])
         axis.errorbar(at, means, margins if len(s.seeds) > 1 else None, capsize=3, **style)
 
-    low, top = (len(s.alphas) - 1) // 2, abs(s.gain.mean(0).max())
+    # 1: a low alpha against the highest, over all teachers; what lies far below is off the scale
+    low, top, boundary = (len(s.alphas) - 1) // 2, abs(s.gain.mean(0).max()), (s.worse > 0).sum() - 0.5
     for a, style in ((low, dict(color="tab:blue", marker="o")), (-1, dict(color="tab:red", marker="^"))):
         points(first, s.teachers, s.gain[:, :, a].T, label=f"alpha {s.alphas[a]:g}", **style)
-    first.set_ylim(-2 * top, 1.6 * top)                      # what lies far below is off the scale
-    boundary = (s.worse > 0).sum() - 0.5
+    first.set_ylim(-2 * top, 1.6 * top)
     first.axvline(boundary, color="0.7")
     first.text(boundary, 1.4 * top, "weaker than the student ", ha="right", fontsize=8)
     first.text(boundary, 1.4 * top, " stronger", fontsize=8)
 
-    path_of_size = by_size(s)
-    points(second, -s.worse[path_of_size], s.best[:, path_of_size, PLAIN, OUT].T, color="black", marker="o")
-    for i in path_of_size:
+    # 2: along size
+    for i in by_size(s):
         second.annotate(s.teachers[i], (-s.worse[i], s.best[:, i, PLAIN, OUT].mean()), (5, -12),
                         textcoords="offset points", fontsize=8)
+    points(second, -s.worse[by_size(s)], s.best[:, by_size(s), PLAIN, OUT].T, color="black", marker="o")
     second.set_xlabel("the teacher predicts better than the student by, nats")
     second.margins(x=0.15)
 
-    controls = np.flatnonzero(s.weak | s.tables)
-    third.set_xticks(range(len(groups(s))), [f"from {name}" for name, _ in groups(s)])
+    # 3: kinds of teachers; 4: the weak and the tables
+    kinds, controls = groups(s), np.flatnonzero(s.weak | s.tables)
+    third.set_xticks(range(len(kinds)), [f"from {name}" for name, _ in kinds])
     fourth.set_xticks(range(len(controls)), [s.teachers[i] for i in controls])
     for kind, style in ((PLAIN, dict(label="as it is", color="black", marker="o", ls="none")),
                         (CALIBRATED, dict(label="calibrated", color="tab:orange", marker="s", ls="none"))):
-        beyond = [s.beyond[:, which, kind].mean(1) for _, which in groups(s)]
-        points(third, np.arange(len(beyond)) + 0.15 * kind, beyond, **style)
+        beyond = [s.beyond[:, which, kind].mean(1) for _, which in kinds]
+        points(third, np.arange(len(kinds)) + 0.15 * kind, beyond, **style)
         points(fourth, np.arange(len(controls)) + 0.15 * kind, s.best[:, controls, kind, OUT].T, **style)
+
     for axis, (claim, rule) in zip(axes.flat, FINDINGS.items()):
         axis.set_title(f"{claim}:\n{rule(s)[0]}", fontsize=10)
         axis.set_ylabel("gain outside, nats per token")
@@ -528,8 +530,6 @@ def main():
     parser.add_argument("--windows", type=int, default=256, help="windows per half of a set (default: 256)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     args = parser.parse_args()
-    if args.windows < 1:
-        parser.error("--windows must be at least 1")
     if args.teacher and len(args.checkpoints) != 2:
         parser.error("--teacher takes two checkpoints before it: a student alone and a taught one")
     device, encoding = pick_device(args.device)[0], load_tokenizer(args.data)

@@ -48,6 +48,9 @@ SIZES = {
     "s": dict(n_layer=2, n_head=4, n_kv_head=1, n_embd=64),
     "m": dict(n_layer=3, n_head=4, n_kv_head=1, n_embd=96),
     "l": dict(n_layer=4, n_head=8, n_kv_head=2, n_embd=128),
+    # one GPU, at a vocabulary of 512: an hour; named by their parameters
+    "5M": dict(n_layer=7, n_head=8, n_kv_head=2, n_embd=256),
+    "20M": dict(n_layer=7, n_head=8, n_kv_head=2, n_embd=512),
     # one GPU: named by their parameters at GPT-2's vocabulary of 50,304
     "30M": dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=384),
     "124M": dict(n_layer=14, n_head=12, n_kv_head=3, n_embd=768),
