@@ -306,7 +306,7 @@ def check(config):
 
 def load_teacher(config, meta, device):
     """-> the frozen teacher, and what it is known by: its name, and a hash of its weights."""
-    if config.teacher.endswith(".pt"):
+    if config.teacher.endswith(".pt") or os.path.isfile(config.teacher):
         teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
         name = extra["settings"]["size"]
     else:

@@ -287,7 +287,7 @@ def naive_bpe(text, vocab_size, pattern):
     return ranks
 
 
-def test_bpe_merges_equal_counting_anew_and_encode_as_tiktoken_says():
+def test_bpe_merges_equal_counting_anew_and_encode_as_tiktoken_says(monkeypatch):
     from tiktoken._educational import SimpleBytePairEncoding
     code, draw = (HERE / "data.py").read_text(), random.Random(0)
     texts = ["", "a", "abab" * 100, code]
@@ -302,6 +302,10 @@ def test_bpe_merges_equal_counting_anew_and_encode_as_tiktoken_says():
         ids = encoding.encode_ordinary(sample)
         assert ids == plain.encode(sample, visualise=None) and encoding.decode(ids) == sample
     assert encoding.n_vocab == 421 and encoding.eot_token == 420
+    monkeypatch.setattr(data, "BPE_WORDS", 500)               # the text as far as it has so many bytes
+    words = regex.findall(data.PATTERN, code)
+    most = next(n for n in range(len(words)) if sum(len(word) for word in set(words[:n])) > 500) - 1
+    assert data.train_bpe(code, 300) == naive_bpe("".join(words[:most]), 300, data.PATTERN)
 
 
 def documents_of(folder, name):
@@ -1297,6 +1301,15 @@ def test_mutated_files_end_in_a_line_or_load_right(made, tmp_path, monkeypatch, 
             assert code == 2 or data.load_meta("data")["fingerprint"] == known
         Path(path).write_bytes(whole)
         assert refused > 5, path
+
+
+def test_a_small_set_of_other_bytes_is_damaged(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "data")
+    with open(tmp_path / "data" / "val.bin", "r+b") as f:     # of the right size, as a disk may leave it
+        f.seek(1000)
+        f.write(bytes(1000))
+    with pytest.raises(data.UserError, match="val.bin is missing or damaged"):
+        evaluation.read_windows(str(tmp_path / "data" / "val.bin"), 32, 8)
 
 
 def test_what_an_unfinished_corpus_leaves_does_not_count(corpus, made, tmp_path):
