@@ -45,7 +45,7 @@ PATTERN = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 VAL_PERCENT = 5                     # of the documents, chosen by a hash of their name
 OOD_CHARS = 2_000_000               # characters of an out-of-distribution set, at most
 BPE_CHARS = 4_000_000               # characters of training text from which the vocabulary is learned,
-BPE_WORDS = 500_000                 # or fewer: bytes of distinct words, which are long without spaces
+BPE_WORDS = 300_000                 # or fewer: bytes of distinct words, which are long without spaces
 BUILD_FILES = ("_sysconfigdata", "version.py", "__config__.py")             # these differ with every build
 FINEWEB = ("https://huggingface.co/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
            "edu_fineweb_{}.bin")
@@ -134,6 +134,8 @@ def split_documents(in_domain, ood, more_ood):
     fair sample; no text twice.
     """
     sets, seen = {"train": [], "val": []}, set()
+    if ood.keys() & more_ood.keys():
+        raise UserError(f"--ood: this corpus has sets named {', '.join(ood)} already: choose another name")
 
     def unseen(documents):
         for name, text in sorted(documents, key=lambda document: sha(document[0])):
@@ -203,7 +205,8 @@ def bracket_item(text, start, end):
     """The item of a text cut at end, before the bracket that closes the one at start."""
     first = max(0, end - 280)                                # at most 280 characters
     if first:                                                # in whole lines, but not without its opener
-        first = text.find("\n", first, start) + 1 or first
+        newline = text.find("\n", first, start)
+        first = newline + 1 if newline >= 0 else first
     rest = text[end + 1:end + 31].partition("\n")[0]
     return {"context": text[first:end], "choices": [f"){rest}", f"]{rest}"], "label": ")]".index(text[end])}
 
@@ -320,6 +323,8 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         in_domain, python_ood = [piece for path in train for piece in pieces(path)], {}
     else:
         in_domain, python_ood = python_documents()
+    if corpus == "fineweb-edu" and "code" in ood:
+        raise UserError("--ood: this corpus has a set named code already: choose another name")
     sets, arrays = split_documents(in_domain, python_ood, ood), {}
     if corpus == "python":
         if "brackets" in tasks:
@@ -408,7 +413,7 @@ def load_meta(data_dir):
                         f"--out {data_dir}")
     try:
         meta = json.loads(Path(path).read_text(encoding="utf-8"))
-        if meta["fingerprint"] != fingerprint(meta):
+        if meta["fingerprint"] != fingerprint(meta) or not {"arguments", "pattern"} <= meta.keys():
             raise ValueError
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path} is damaged: delete {data_dir} and make it again with data.py") from None
@@ -487,7 +492,7 @@ def make_parser(doc):
 def run_main(main):
     """Run a script: a user's mistake is one line and exit code 2, Ctrl-C exit code 130."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):                   # a notebook's has not
+        if hasattr(stream, "reconfigure"):                   # notebooks lack it
             stream.reconfigure(errors="replace")             # not every terminal can print ±
     try:
         main()
@@ -495,7 +500,7 @@ def run_main(main):
     except BrokenPipeError:                                  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (UserError, OSError) as e:
-        print(f"error: {str(e).splitlines()[0]}", file=sys.stderr)           # transformers' errors are long
+        print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
@@ -507,9 +512,8 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("--corpus", default="python", choices=("python", "text", "fineweb-edu"),
                         help="what to tokenize (default: python)")
-    parser.add_argument("--vocab_size", type=lambda text: text if text == "gpt2" else int(text), default=512,
-                        metavar="N", help="tokens in the vocabulary: 256 bytes, merges, end-of-text; or "
-                        "gpt2, which fineweb-edu always has (default: 512)")
+    parser.add_argument("--vocab_size", default="512", metavar="N", help="tokens in the vocabulary: 256 "
+                        "bytes, merges, end-of-text; or gpt2, as fineweb-edu always has (default: 512)")
     parser.add_argument("--tokens", type=whole_number, metavar="N", help="fineweb-edu: training tokens, in "
                         "whole shards of 100 million; K, M, B are 10^3, 10^6, 10^9 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
@@ -529,13 +533,14 @@ def main():
             parser.error(f"{flag} takes each NAME once, not {' '.join(words)}")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--train FILES goes with --corpus text, and only with it")
-    if args.vocab_size != "gpt2" and args.vocab_size < 257:
-        parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {args.vocab_size}")
+    vocab_size = args.vocab_size if args.vocab_size == "gpt2" else whole_number(args.vocab_size)
+    if vocab_size != "gpt2" and vocab_size < 257:
+        parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {vocab_size}")
     out = args.out or f"data/{args.corpus}"
     train = []
     for word in args.train:                                  # not every shell expands *.txt
         train += [word] if os.path.exists(word) else sorted(glob.glob(word)) or [word]
-    meta = prepare(args.corpus, out, args.vocab_size, train, ood, args.tokens, tasks)
+    meta = prepare(args.corpus, out, vocab_size, train, ood, args.tokens, tasks)
     print(f"{out}: vocabulary {meta['vocab_size']}, {meta['dtype']}, fingerprint {meta['fingerprint']}")
     for name, s in meta["sets"].items():
         print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens, "

@@ -1,14 +1,15 @@
 """
-The loss and the training loop. A teacher is a run with alpha = 0; a student is a run with a teacher.
+The loss and the training loop. With alpha = 0 this is plain pretraining, which is how teachers are made; with
+alpha above 0 a student learns from --teacher as well. eval.py measures the losses on held-out text.
 
     python data.py                                                     # once: text -> data/python
-    python distill.py --size xs --tokens 2M --seed 1001 --out out/xs   # a (weak) teacher
+    python distill.py --size xs --tokens 2M --seed 1001 --out out/xs   # a (weak) teacher, of another seed
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0,0.25,1 --out out/taught
     torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...     # 8 GPUs share a batch
 
-For a token with label y, student logits z, teacher logits t and temperature T (1 in the paper, reportedly)
+For a token with label y, student logits z, teacher logits t, temperature tau (reported to be 1 in the paper)
 
-    loss = (1 - alpha) * CE(z, y)  +  alpha * T^2 * KL( softmax(t/T) || softmax(z/T) )
+    loss = (1 - alpha) * CE(z, y)  +  alpha * tau^2 * KL( softmax(t/tau) || softmax(z/tau) )
 
 Several alphas train that many students side by side, on the same batches, with one teacher forward pass for
 all. If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
@@ -47,7 +48,7 @@ class Config:
     size: str = "s"               # shape of the model, a name in model.SIZES
     tokens: int = 1_500_000       # training tokens, rounded down to whole steps; 1.5M is 1,500,000
     seed: int = 1                 # of the initial weights and of the order of the data
-    teacher: str = ""             # its ckpt.pt, or a folder or name of transformers; none: plain pretraining
+    teacher: str = ""             # a ckpt.pt, or a folder or name of Hugging Face's; none: plain pretraining
     alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once
     temperature: float = 1.0      # of both distributions in the distillation term
     top_k: int = 0                # keep the teacher's k likeliest tokens (1: hard labels); 0: all of them
@@ -80,7 +81,7 @@ class Config:
 # ---- the loss, in its plain form ---------------------------------------------
 
 def keep_top_k(logits, k):
-    """Teacher logits (N, V) with all but the k largest at -1e9; k = 0: as they are."""
+    """Teacher logits (N, V) with all but the k largest at -1e9 (-inf would give 0 * inf); k = 0: all."""
     if not k:
         return logits
     kept = logits.float().topk(min(k, logits.size(-1)), dim=-1)
@@ -110,6 +111,10 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_logits=None, 
 
 # ---- the training loop -------------------------------------------------------
 
+TABLE_VOCAB = 4096                   # the largest vocabulary for a Table, which holds its square
+H100_FLOPS = 989e12                  # FLOP/s of an H100 in dense bfloat16, for MFU
+
+
 def learning_rate(config, step):
     """Linear warm-up to the peak, then a cosine down to min_lr times the peak."""
     peak = config.lr or 0.384 / SIZES[config.size]["n_embd"]
@@ -121,7 +126,7 @@ def learning_rate(config, step):
 
 
 class Student:
-    """A model in training, with its alpha, its optimizer and a loss scaler, which float16 needs."""
+    """One model in training (a teacher's too): its alpha, its optimizer, and the loss scaler for float16."""
 
     def __init__(self, shape, alpha, config, device, dtype):
         torch.manual_seed(config.seed)                       # every alpha starts from the same weights
@@ -149,10 +154,10 @@ def train(config, show_progress=True):
     meta = load_meta(config.data)
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
     batches = Batches(f"{config.data}/train.bin", config.batch_size, config.block_size, config.seed)
-    teacher, teacher_is = load_teacher(config, meta, device) if config.teacher else (None, None)
+    teacher, teacher_id = load_teacher(config, meta, device) if config.teacher else (None, None)
 
-    # what identifies a run is saved with it: every knob but paths and those of speed, and its inputs
-    settings = {**asdict(config), "dtype": str(dtype), "teacher": teacher_is,
+    # settings: all that determines the result. A folder that holds a run with other ones is refused
+    settings = {**asdict(config), "dtype": str(dtype), "teacher": teacher_id,
                 "corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"]}
     for name in ("data", "out", "device", "fused", "compile", "log_every", "save_every"):
         del settings[name]
@@ -160,8 +165,9 @@ def train(config, show_progress=True):
     for path in (*out.glob("state.pt"), *out.glob("ckpt.pt"), *out.glob("alpha_*/ckpt.pt")):
         if load_file(path).get("settings") != settings:
             raise UserError(f"{path} comes from a run with other settings: choose another --out")
-    one = len(config.alpha) == 1
-    paths = [str(out / ("ckpt.pt" if one else f"alpha_{alpha:g}/ckpt.pt")) for alpha in config.alpha]
+    paths = [str(out / f"alpha_{alpha:g}/ckpt.pt") for alpha in config.alpha]
+    if len(paths) == 1:
+        paths = [str(out / "ckpt.pt")]
     if all(map(os.path.exists, paths)):                      # finished, perhaps killed at the very end
         if rank == 0:
             state_path.unlink(missing_ok=True)
@@ -197,9 +203,9 @@ def train(config, show_progress=True):
     flops_a_token = len(students) * flops_per_token(shape, backward=True)
     if teacher:
         teacher_forward = maybe_compile(teacher.forward)
-        flops_a_token += 2 * sum(p.numel() for p in teacher.parameters())
+        flops_a_token += 2 * sum(p.numel() for p in teacher.parameters())    # about: without attention
     bar = tqdm(total=config.steps, initial=first_step, desc=f"{config.size} x {len(students)}", unit="step",
-               disable=None if show_progress and rank == 0 else True)
+               disable=None if show_progress and rank == 0 else True)        # None: off without a terminal
     all_finite = torch.ones((), dtype=torch.bool, device=device)
     last_logged, logged_at = first_step, time.perf_counter()
     saved_at = logged_at
@@ -237,6 +243,7 @@ def train(config, show_progress=True):
             student.scaler.step(student.optimizer)
             student.scaler.update()
             student.optimizer.zero_grad(set_to_none=True)
+            # in float16 a norm of inf only means that the scaler skips this step
             all_finite &= losses.isfinite().all() & (norm.isfinite() | student.scaler.is_enabled())
         bar.update()
 
@@ -244,7 +251,7 @@ def train(config, show_progress=True):
         now = time.perf_counter()
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and now - saved_at > config.save_every
-        if logging or saving:                                # float16's scale: 2^16, halved at a skipped step
+        if logging or saving:                                # a scale below 1: 17 steps or more skipped
             if not all_finite or any(student.scaler.get_scale() < 1 for student in students):
                 raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning "
                                 f"rate {lr:.3g}): lower --lr and choose another --out, or check the data")
@@ -305,10 +312,10 @@ def check(config):
 
 
 def load_teacher(config, meta, device):
-    """-> the frozen teacher, and what it is known by: its name, and a hash of its weights."""
+    """-> the frozen teacher, and its identity: a name, and a hash of the weights."""
     if config.teacher.endswith(".pt") or os.path.isfile(config.teacher):
         teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
-        name = extra["settings"]["size"]
+        name = extra["settings"].get("size", config.teacher)
     else:
         name = config.teacher
         teacher = ForeignTeacher(name, config.data, meta["vocab_size"]).to(device)
@@ -316,30 +323,33 @@ def load_teacher(config, meta, device):
         raise UserError(f"--block_size {config.block_size} exceeds the teacher's {teacher.config.block_size}")
     digest = hashlib.sha256()
     for tensor in teacher.state_dict().values():
-        digest.update(tensor.float().cpu().numpy())
-    return teacher.requires_grad_(False), {"name": name, "weights": digest.hexdigest()}
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return teacher.eval().requires_grad_(False), {"name": name, "weights": digest.hexdigest()}
 
 
 class ForeignTeacher(torch.nn.Module):
     """
-    What transformers' AutoModelForCausalLM loads, a folder or a name, if its tokenizer gives the ids of this
-    corpus. Token ids (B, T) -> logits (B, T, V), cut or padded to the corpus's vocabulary.
+    A causal language model of Hugging Face as a teacher; its tokenizer must give the ids of the corpus. Token
+    ids (B, T) -> logits (B, T, V), cut or padded to the corpus's vocabulary.
     """
 
     def __init__(self, name, data_dir, vocab_size):
         super().__init__()
         try:
             from transformers import AutoModelForCausalLM, AutoTokenizer
-        except ImportError:
-            raise UserError(f"--teacher {name} is not a ckpt.pt and needs transformers: pip install "
-                            "transformers") from None
-        tokenizer, encoding = AutoTokenizer.from_pretrained(name), load_tokenizer(data_dir)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+            self.model = AutoModelForCausalLM.from_pretrained(name)
+        except ImportError as e:
+            raise UserError(f"--teacher {name} is not a .pt file: pip install transformers ({e})") from None
+        except (OSError, ValueError) as e:
+            raise UserError(f"transformers cannot load --teacher {name}: {str(e).splitlines()[0]}") from None
+        encoding = load_tokenizer(data_dir)
         ids = load_tokens(f"{data_dir}/val.bin")[:10_000].tolist()
         text = max(encoding.decode(ids).split(END_OF_TEXT), key=len)         # a stretch without end-of-text
         if tokenizer.encode(text, add_special_tokens=False) != encoding.encode_ordinary(text):
             raise UserError(f"the tokenizer of {name} does not give the tokens of {data_dir}: data.py "
                             "--vocab_size gpt2 makes a corpus in GPT-2's")
-        self.model, self.vocab_size = AutoModelForCausalLM.from_pretrained(name).eval(), vocab_size
+        self.vocab_size = vocab_size
         self.config = GPTConfig(vocab_size, self.model.config.max_position_embeddings)
 
     def forward(self, idx):
@@ -362,24 +372,22 @@ def save_counts(shape, tokens, path, settings):
 # ------------------------------------------------------------------------------
 # Only speed from here on: the same results, up to rounding, in less time and memory.
 #
-# The fused loss, its gradient by hand. For one token let p = softmax(z), r = softmax(z/T), q = softmax(t/T),
-# a constant, and e the one-hot label. The only fact needed: the gradient of log sum exp(z) is softmax(z).
-#     CE = log sum exp(z) - z_y,                                        so  dCE/dz = p - e
-#     KL = sum q log q - sum q z/T + log sum exp(z/T),  with sum q = 1, so  dKL/dz = (r - q) / T
-#     dz = (1 - alpha) (p - e) + alpha T (r - q),  which at T = 1 is p - (1 - alpha) e - alpha q
+# The fused loss, its gradient by hand. For one token let p = softmax(z), r = softmax(z/tau), q the constant
+# softmax(t/tau), and e the one-hot label. The only fact needed: the gradient of log sum exp(z) is softmax(z).
+#     CE = log sum exp(z) - z_y,                                            so  dCE/dz = p - e
+#     KL = sum q log q - sum q z/tau + log sum exp(z/tau),  with sum q = 1, so  dKL/dz = (r - q) / tau
+#     dz = (1 - alpha) (p - e) + alpha tau (r - q),  which at tau = 1 is p - (1 - alpha) e - alpha q
 # divided by N, as the loss is a mean over N tokens; through z = h W^T:  dh = dz W  and  dW = dz^T h.
-# (T^2 is there because r - q shrinks as 1/T as well when T grows: so the gradient keeps its size.)
+# (tau^2 is there because r - q shrinks as 1/tau as well when tau grows: so the gradient keeps its size.)
 
 CHUNK_TOKENS = 256                   # at once on a CPU: at a vocabulary of 512 their logits fit its cache
 CHUNK_BYTES = 2**29                  # of logits on a GPU, where each chunk moves the head's whole gradient
-TABLE_VOCAB = 4096                   # up to which a table may count: it has the square of that
-H100_FLOPS = 989e12                  # FLOP/s of an H100 in dense bfloat16, for MFU
 
 
 def chunk_loss(z, t, y, alpha, temperature):
     """
-    Logits z (N, V) and t (N, V) or None, labels y (N,), alpha a tensor, which is 0 without t -> the sums over
-    tokens of ce and kl, and the gradient dz (N, V) in z's dtype.
+    Logits z (N, V) and t (N, V) or None, labels y (N,), alpha a scalar tensor, 0 where t is None -> the sums
+    over tokens of ce and kl, and the gradient dz (N, V) in z's dtype.
     """
     dtype, z = z.dtype, z.float()
     log_p = z.log_softmax(-1)
@@ -407,7 +415,7 @@ class FusedLoss(torch.autograd.Function):
         chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
         rows = math.ceil(N / math.ceil(chunks))              # of about equal length, for fewer recompiles
         alpha_tensor = torch.full((), alpha, device=device)  # a float would be recompiled for each value
-        z_buffer = h.new_empty(min(rows, N), V)              # for all chunks: fresh ones are a fifth slower
+        z_buffer = h.new_empty(rows, V)                      # for all chunks: fresh ones are a fifth slower
         dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
         with torch.autocast(device.type, enabled=False):
             for start in range(0, N, rows):
@@ -417,7 +425,7 @@ class FusedLoss(torch.autograd.Function):
                 ce_part, kl_part, dz = chunk_fn(z, t, y[part], alpha_tensor, temperature)
                 ce, kl = ce + ce_part, kl + kl_part
                 torch.mm(dz, w, out=dh[part])
-                dw += dz.T @ h[part]                         # the sum is in float32
+                dw += dz.T @ h[part]                         # the sum over chunks is in float32
         ce, kl = ce / N, kl / N
         ctx.save_for_backward(dh.view_as(hidden).to(hidden.dtype), dw)
         ctx.N = N

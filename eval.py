@@ -73,7 +73,7 @@ def token_scores(model, rows):
     for logits, targets in logits_of(model, rows):
         log_p = logits.log_softmax(-1)                                       # (B, T, V)
         loss = -log_p.gather(-1, targets[..., None])[..., 0]
-        scores.append((loss.cpu(), (-loss == log_p.amax(-1)).cpu()))
+        scores.append((loss.cpu(), (logits.argmax(-1) == targets).cpu()))
     return tuple(torch.cat(s) for s in zip(*scores))
 
 
@@ -125,10 +125,11 @@ def score_item(model, encoding, item):
 
 def evaluate(model, data_dir, windows=256, items=500):
     """
-    -> {name: {"select": x, "report": x}} for the names "in_domain", "ood/SET", "calibrated/in_domain",
-    "calibrated/ood/SET": nats per token over at most `windows` windows of the model's block_size;
-    "temperature/in_domain", "temperature/ood/SET": what divides the calibrated logits; "task/NAME",
-    "accuracy/NAME": the probability of the right choice and the accuracy over at most `items` items.
+    -> {name: {"select": x, "report": x}}, over at most `windows` windows and `items` items in each half:
+    in_domain, ood/SET          loss in nats per token
+    calibrated/in_domain, ...   the same, with the logits divided by
+    temperature/in_domain, ...  this
+    task/NAME, accuracy/NAME    the probability of the right choice, and the accuracy
     """
     metrics = {}
     for name, path in evaluation_sets(data_dir).items():
@@ -154,19 +155,21 @@ def evaluate(model, data_dir, windows=256, items=500):
 def token_gains(base, student, teacher, other, data_dir, windows=256):
     """
     Where does the student gain over the base, on the report halves? -> {"in_domain": x, "outside": x}, x =
-    {group: (share, gain in nats per token)}; shares times gains add up to the gain over all tokens. Groups
-    are by who predicts the token right (argmax): the teacher, and a student alone of another seed. Asking
-    base itself would call tokens hard on which it was merely unlucky, and any model gains on those.
+    {group: (share, gain in nats per token)}; shares times gains add up to the gain over all tokens, those of
+    the ood sets taken together. Groups are by who predicts the token right (argmax): the teacher, and a
+    student alone of another seed. Base itself would call tokens hard on which it was merely unlucky, and any
+    other model gains on those.
     """
-    found = {}
+    gains, found = {}, {}
     for name, path in evaluation_sets(data_dir).items():
         rows = read_windows(path, base.config.block_size, windows)["report"]
         (b, _), (s, _), (_, t_right), (_, o_right) = (
             token_scores(model, rows) for model in (base, student, teacher, other))
-        found.setdefault(name.split("/")[0].replace("ood", "outside"), []).append((b - s, t_right, o_right))
-    for where, sets in found.items():
+        where = "in_domain" if name == "in_domain" else "outside"
+        gains.setdefault(where, []).append((b - s, t_right, o_right))
+    for where, sets in gains.items():
         gain, t, o = (torch.cat(parts) for parts in zip(*sets))
-        groups = {"all tokens": t | True, "both right": t & o, "only the teacher": t & ~o,
+        groups = {"all tokens": torch.ones_like(t), "both right": t & o, "only the teacher": t & ~o,
                   "only the other student": ~t & o, "neither": ~t & ~o}
         found[where] = {name: (group.double().mean().item(), gain[group].double().mean().nan_to_num().item())
                         for name, group in groups.items()}
@@ -204,7 +207,8 @@ def print_table(paths, models, data_dir, windows):
             if outside:
                 column[f"{kind}ood, mean"] = np.mean(outside)
     print("\nreport half: loss in nats per token; task: probability of the right choice; accuracy")
-    print(f"{'in brackets: gain over [0]':28}" + "".join(f"[{i}]{'':15}" for i in range(len(paths))).rstrip())
+    others = "".join(f"{f'[{i}]':>9}{'':10}" for i in range(1, len(paths)))
+    print(f"{'in brackets: gain over [0]':30}[0]{others}".rstrip())
     for kind in ("in_domain", "ood/", "ood, mean", "calibrated/", "task/", "accuracy/"):
         sign = 1 if kind in ("task/", "accuracy/") else -1   # a loss is better if it is lower
         for name in (name for name in columns[0] if name.startswith(kind)):
@@ -236,7 +240,7 @@ def parse_model(model):
 
 
 def model_name(size, tokens):
-    """('s', 1500000) -> 's@1.5M'; other tokens, another name."""
+    """('s', 1500000) -> 's@1.5M'; different token counts give different names."""
     unit = next((u for u in ("B", "M", "K") if tokens >= UNITS[u]), "")
     return f"{size}@{tokens / UNITS.get(unit, 1):.15g}{unit}"
 
@@ -257,14 +261,15 @@ def accuracy(row):
 
 def read_rows(path):
     """The rows of a results.jsonl; [] without one. Half a last line, which a kill may leave, is dropped."""
-    rows = {}
-    lines = Path(path).read_text(encoding="utf-8-sig").split("\n") if os.path.exists(path) else []
+    rows, lines = {}, []
+    if os.path.exists(path):
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             if not np.isfinite([*losses(row).flat, row["flops"], row["teacher_flops"], row["seconds"]]).all():
                 raise ValueError
-            rows.setdefault(tuple(row[name] for name in KEYS), row)
+            rows.setdefault(tuple(row[name] for name in (*KEYS, "corpus")), row)
         except (ValueError, KeyError, TypeError):
             if number == len(lines):
                 break
@@ -304,16 +309,16 @@ def study(rows, student):
     halves. A gain is over the student alone of the same seed, in nats per token.
     """
     taught = [row for row in rows if row["model"] == student and row["teacher"]]
-    found = {(row["model"], row["seed"], row["teacher"], row["alpha"]): row for row in rows}
+    found = {tuple(row[key] for key in KEYS): row for row in rows}
     teachers, alphas, seeds = (sorted({row[key] for row in taught}) for key in ("teacher", "alpha", "seed"))
     teacher_seed = {row["seed"]: row["teacher_seed"] for row in taught}
     T, A, (size, tokens) = len(teachers), len(alphas), parse_model(student)
 
     def grid(seed):
         """Which 2 + T + T A rows a seed needs: alone on once and twice the tokens, teachers, taught."""
-        return [(student, seed, None, 0.0), (model_name(size, 2 * tokens), seed, None, 0.0),
-                *((teacher, teacher_seed[seed], None, 0.0) for teacher in teachers),
-                *((student, seed, teacher, alpha) for teacher in teachers for alpha in alphas)]
+        return [(student, seed, None, None, 0.0), (model_name(size, 2 * tokens), seed, None, None, 0.0),
+                *((t, teacher_seed[seed], None, None, 0.0) for t in teachers),
+                *((student, seed, t, teacher_seed[seed], alpha) for t in teachers for alpha in alphas)]
     seeds = [seed for seed in seeds if found.keys() >= set(grid(seed))]
     if not seeds:
         return None
@@ -327,9 +332,11 @@ def study(rows, student):
     gain = (x[:, :1] - x[:, 2 + T:]).reshape(-1, T, A, 2, 2, 2)[:, order]    # (S, T, A, half, kind, where)
     points = (task[:, 2 + T:] - task[:, :1]).reshape(-1, T, A)[:, order]
     pick = gain[..., SELECT, :, OUT].mean(0).argmax(1)                       # (T, kind): the best alpha
-    best = gain[:, np.arange(T)[:, None], pick, REPORT, np.arange(2)]        # (S, T, kind, where)
-    text = (x[:, 0] - x[:, 1])[:, REPORT]                    # (S, kind, where): what twice the tokens buy
-    rate = text[..., OUT].mean(0) / text[..., IN].mean(0)    # (kind,): outside, for each nat in domain
+    best = np.empty_like(gain[:, :, 0, REPORT])              # (S, T, kind, where)
+    for t, kind in np.ndindex(T, 2):
+        best[:, t, kind] = gain[:, t, pick[t, kind], REPORT, kind]
+    double = (x[:, 0] - x[:, 1])[:, REPORT]                  # (S, kind, where): what twice the tokens buy
+    rate = double[..., OUT].mean(0) / double[..., IN].mean(0)        # (kind,): nats outside per nat in domain
     flops = {row["model"]: row["flops"] for row in rows}
     forward = {row["teacher"]: row["teacher_flops"] for row in taught}
     cost = np.array([[forward[t], forward[t] + flops[t]] for t in teachers]) / flops[student]
@@ -340,14 +347,15 @@ def study(rows, student):
         alone=x[:, 0, REPORT, PLAIN], gain=gain[..., REPORT, PLAIN, OUT],    # (S, where), (S, T, A)
         alpha=np.array(alphas)[pick], best=best,
         beyond=best[..., OUT] - rate * best[..., IN],        # (S, T, kind): more outside than text would give
-        as_text=text[:, None, None, PLAIN, OUT] * np.log2(np.minimum(1 + cost, 2)),          # (S, T, 2)
+        # what twice the tokens buy, times log2 of how much more text the compute pays for: (S, T, 2)
+        as_text=double[:, None, None, PLAIN, OUT] * np.log2(np.minimum(1 + cost, 2)),
         points=points[:, np.arange(T), pick[:, PLAIN]])      # (S, T): of accuracy in the task
 
 
 # ---- the four rules: study -> verdict, what was seen -------------------------
 
 def weak_teacher_helps(s):
-    """Of networks worse in domain than the student alone, the mean gain outside lies above 0."""
+    """Averaged over networks worse in domain than the student alone, the gain outside is above 0."""
     if not s.weak.any():
         return "not tested", "No network is weaker than the student."
     gain, pure = s.best[:, s.weak, PLAIN, OUT].mean(1), s.gain[:, s.weak, -1].mean(1)
@@ -356,7 +364,7 @@ def weak_teacher_helps(s):
 
 
 def by_size(s):
-    """Places of the networks of the largest budget, smallest first."""
+    """Indices of the networks with the largest budget, smallest first."""
     size, tokens = zip(*map(parse_model, s.teachers))
     most = max((tokens[i] for i in np.flatnonzero(~s.tables)), default=0)
     return sorted((i for i in np.flatnonzero(~s.tables) if tokens[i] == most),
@@ -384,7 +392,7 @@ def groups(s):
 
 
 def generalisation_first(s):
-    """Weak teachers give more outside than text that gives the same in domain would."""
+    """Weak teachers gain more outside than text that gains as much in domain."""
     if not s.weak.any():
         return "not tested", "No network is weaker than the student."
     seen = (f"{name} {show(s.beyond[:, which, PLAIN].mean(1))} (calibrated "
@@ -399,7 +407,7 @@ def more_than_smoothing(s):
     if not s.weak.any() or not s.tables.any():
         return "not tested", "It takes a weak network and a table that counts."
     gain, tables = s.best[:, s.weak, CALIBRATED, OUT].mean(1), s.best[:, s.tables, CALIBRATED, OUT]
-    table = tables[:, tables.mean(0).argmax()]
+    table = tables[:, tables.mean(0).argmax()]               # chosen in favour of the tables
     worst_first = ["too few seeds", "not reproduced", "undecided", "reproduced"]
     return min(judge(gain), judge(gain - table), key=worst_first.index), (
         f"Calibrated, weak teachers bring {show(gain)} outside, the best table {show(table)}; difference "
@@ -430,7 +438,7 @@ def write_report(rows, out):
             draw(s, f"{out}/findings_{student}.png")
             text += f"\n![the findings](findings_{student}.png)\n"
         except Exception as e:                               # no matplotlib, or one that is set up wrong
-            text += f"\nNo figure ({e}); it takes pip install matplotlib.\n"
+            text += f"\nNo figure ({type(e).__name__}: {e}); it takes pip install matplotlib.\n"
     try:
         Path(out, "report.md").write_text(text, encoding="utf-8")
     except OSError as e:
@@ -449,7 +457,7 @@ def report(s):
 Alone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. Gains are over the
 student alone of the same seed. Alpha is chosen on the select halves; all figures are of the report halves.
 ± is a 95 % t-interval over seeds, {"each with its own" if s.own_teachers else "given these"} teachers.
-As text: what the teacher's compute buys the student alone outside, if spent on text, at most twice its own.
+As text: the gain outside if the teacher's compute bought the student alone more text (at most twice) instead.
 
 | teacher | worse in domain | best alpha | gain in domain | gain outside | calibrated \
 | its forward passes as text | its training too |
@@ -472,6 +480,8 @@ def draw(s, path):
     (first, second), (third, fourth) = axes = figure.subplots(2, 2)
 
     def points(axis, at, values, **style):                   # values: for each point, one a seed
+        if not len(values):
+            return
         means, margins = np.transpose([interval(x) for x in values])
         axis.errorbar(at, means, margins if len(s.seeds) > 1 else None, capsize=3, **style)
 
@@ -530,6 +540,8 @@ def main():
     parser.add_argument("--windows", type=int, default=256, help="windows per half of a set (default: 256)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     args = parser.parse_args()
+    if args.windows < 1:
+        parser.error("--windows must be at least 1")
     if args.teacher and len(args.checkpoints) != 2:
         parser.error("--teacher takes two checkpoints before it: a student alone and a taught one")
     device, encoding = pick_device(args.device)[0], load_tokenizer(args.data)

@@ -51,7 +51,7 @@ SIZES = {
     # one GPU, at a vocabulary of 512: an hour; named by their parameters
     "5M": dict(n_layer=7, n_head=8, n_kv_head=2, n_embd=256),
     "20M": dict(n_layer=7, n_head=8, n_kv_head=2, n_embd=512),
-    # one GPU: named by their parameters at GPT-2's vocabulary of 50,304
+    # one GPU: named by their parameters at GPT-2's vocabulary, padded to 50,304
     "30M": dict(n_layer=6, n_head=6, n_kv_head=2, n_embd=384),
     "124M": dict(n_layer=14, n_head=12, n_kv_head=3, n_embd=768),
     "350M": dict(n_layer=27, n_head=16, n_kv_head=4, n_embd=1024),
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if self.repeat_kv:
-            k, v = (x.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for x in (k, v))
+            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -191,9 +191,8 @@ class Table(nn.Module):
 
     def count(self, tokens):
         """
-        Count the ids (N,). Unigram: counts + 1/2. Bigram, by Witten and Bell (1991): of a last token that
-        came n times, with u different followers, the bigram's share has the weight n / (n + u), the unigram's
-        the rest.
+        Count the ids (N,). Unigram: counts + 1/2. Bigram, by Witten and Bell (1991), for a last token a that
+        came n(a) times, with u(a) different followers: P(b|a) = (n(ab) + u(a) P(b)) / (n(a) + u(a)).
         """
         V, tokens = self.config.vocab_size, torch.as_tensor(tokens, dtype=torch.int64)
         unigram = tokens.bincount(minlength=V).double() + 0.5
@@ -275,7 +274,7 @@ def load_file(path):
         return {**torch.load(path, map_location="cpu", weights_only=True)}
     except (MemoryError, OSError):
         raise
-    except Exception:                                        # of many kinds, all for the same reason
+    except Exception:                                        # torch raises many kinds for a bad file
         raise OSError(f"{path} is damaged or not a file of distill.py: delete it and train again") from None
 
 
@@ -285,7 +284,7 @@ def save_checkpoint(path, model, **extra):
 
 
 def load_checkpoint(path, device="cpu", tokenizer=None):
-    """-> (model in eval mode, the extra values), made with this tokenizer of meta.json. Raises OSError."""
+    """-> (model in eval mode, the extra values); refuses a model of another tokenizer. Raises OSError."""
     saved = load_file(path)
     try:
         config = GPTConfig(**saved.pop("config"))

@@ -83,7 +83,7 @@ class Run:
 
     @property
     def keys(self):
-        """Which models it trains: the columns KEYS of results.jsonl."""
+        """The rows it makes, as KEYS."""
         teacher, teacher_seed = (self.teacher.model, self.teacher.seed) if self.teacher else (None, None)
         return [(self.model, self.seed, teacher, teacher_seed, alpha) for alpha in self.alphas]
 
@@ -100,7 +100,7 @@ class Run:
         return 3 * forward(self), forward(self.teacher) if self.teacher else 0
 
     def work(self, scale):
-        """FLOPs and, for what a small model costs on top, 400,000 a token: in proportion to time on a CPU."""
+        """FLOPs, and 400,000 a token for overhead: roughly in proportion to time on a CPU."""
         student, teacher = self.flops(scale)
         return len(self.alphas) * (student + 400_000 * parse_model(self.model)[1]) + teacher
 
@@ -173,9 +173,9 @@ def sweep(scale, data, out, jobs, device):
     os.replace(f"{path}.tmp", path)
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
-    needed = {run.teacher for run in missing if run.teacher}
-    todo = [run for run in runs if run in missing
-            or run in needed and not os.path.exists(run.checkpoint(out))]        # only its row is left
+    # a teacher whose row is there, but not its checkpoint, is trained again
+    lost = {run.teacher for run in missing if run.teacher and not os.path.exists(run.teacher.checkpoint(out))}
+    todo = [run for run in runs if run in missing or run in lost]
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -246,7 +246,7 @@ def main():
     if max(seeds) >= 1000:
         raise UserError("--seeds must be below 1000: those from 1000 on are the teachers'")
     if not all(0 < alpha <= 1 for alpha in scale.alphas):
-        raise UserError("--alphas must lie above 0 and at most at 1: the student alone is trained anyway")
+        raise UserError("--alphas must be above 0 and at most 1: the student alone is trained anyway")
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
@@ -270,8 +270,9 @@ def main():
     for path in sets.values():                               # now, not after an hour
         read_windows(path, Config(**scale.training).block_size, most=1)
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
-    print(f"\n{write_report(sweep(scale, data, out, jobs, str(device)), out)}\n{out}: report.md, figures, "
-          f"results.jsonl; {(time.perf_counter() - start) / 60:.1f} minutes")
+    report = write_report(sweep(scale, data, out, jobs, str(device)), out)
+    minutes = (time.perf_counter() - start) / 60
+    print(f"\n{report}\n{out}: report.md, figures, results.jsonl; {minutes:.1f} minutes")
 
 
 if __name__ == "__main__":
