@@ -482,11 +482,12 @@ def parse_config(argv=None):
 
 def main():
     """Train what the command line asks for, and print where it is saved."""
-    start, paths = time.perf_counter(), train(parse_config())
+    start, config = time.perf_counter(), parse_config()
+    paths = train(config)
     if dist.is_initialized():
         dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{time.perf_counter() - start:.0f} s; next: python eval.py {' '.join(paths)}")
+        print(f"{time.perf_counter() - start:.0f} s; next: python eval.py {' '.join(paths)} --data {config.data}")
 
 
 if __name__ == "__main__":

@@ -270,6 +270,7 @@ def main():
     for path in sets.values():                               # now, not after an hour
         read_windows(path, Config(**scale.training).block_size, most=1)
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
+    print(f"{len(runs)} runs on {device}, {jobs} at a time, into {out}")
     report = write_report(sweep(scale, data, out, jobs, str(device)), out)
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{report}\n{out}: report.md, figures, results.jsonl; {minutes:.1f} minutes")
