@@ -176,18 +176,16 @@ def token_gains(base, student, teacher, other, data_dir, windows=256):
     return found
 
 
-def print_token_gains(paths, models, data_dir, windows):
+def print_token_gains(models, data_dir, windows):
     """The table of token_gains for BASE STUDENT --teacher TEACHER OTHER."""
-    (base, b), (student, s), (teacher, _), (other, o) = models
-    base_is, student_is, other_is = (
-        [extra["settings"][name] for name in ("size", "tokens", "seed")] for extra in (b, s, o))
-    if b["alpha"] or not s["alpha"] or base_is != student_is:
-        raise UserError(f"{paths[0]} and {paths[1]} must be a student alone and a taught one, of the same "
-                        "size, tokens and seed")
-    if o["alpha"] or other_is[:2] != base_is[:2] or other_is[2] == base_is[2]:
-        raise UserError(f"OTHER, {paths[3]}, must be a student alone like {paths[0]}, but of another seed")
+    runs = [(extra["settings"]["size"], extra["settings"]["tokens"], extra["settings"]["seed"])
+            for _, extra in models]
+    (b, s, _, o), alone = runs, [not extra["alpha"] for _, extra in models]
+    if b != s or o[:2] != b[:2] or o[2] == b[2] or (alone[0], alone[1], alone[3]) != (True, False, True):
+        raise UserError("--teacher needs a student alone and a taught one of the same size, tokens and seed; "
+                        "after it, the teacher and a student alone of another seed")
     print(f"{'who is right (argmax)':35}  share  gain over [0], nats per token")
-    for where, groups in token_gains(base, student, teacher, other, data_dir, windows).items():
+    for where, groups in token_gains(*(model for model, _ in models), data_dir, windows).items():
         for name, (share, gain) in groups.items():
             print(f"{where:10} {name:22} {share:8.1%}  {gain:+.3f}")
 
@@ -550,7 +548,7 @@ def main():
     if len({model.config.block_size for model, _ in models}) > 1 and not args.json:
         raise UserError("these models have different context lengths: evaluate one at a time, or use --json")
     if args.teacher:
-        print_token_gains(paths, models, args.data, args.windows)
+        print_token_gains(models, args.data, args.windows)
     elif args.json:
         print(json.dumps({path: evaluate(model, args.data, args.windows)
                           for path, (model, _) in zip(paths, models)}, indent=1))
