@@ -159,7 +159,7 @@ def test_forward_is_causal_and_generate_follows_it(monkeypatch):
     logits, changed = m(idx), idx.clone()
     monkeypatch.setattr(model.Attention, "repeat_kv", True)   # for GPUs without a kernel for grouped queries
     assert torch.allclose(m(idx), logits, atol=1e-5)
-    assert m.hidden(idx).shape == (2, 24, 32) and torch.equal(logits, m.lm_head(m.hidden(idx)))
+    assert m.hidden(idx).shape == (2, 24, 32) and torch.allclose(logits, m.lm_head(m.hidden(idx)), atol=1e-5)
     changed[:, 10:] = (changed[:, 10:] + 1) % 61
     assert torch.allclose(m(changed)[:, :10], logits[:, :10], atol=1e-5)
     assert not torch.allclose(m(changed)[:, 10:], logits[:, 10:], atol=1e-3)
@@ -485,14 +485,15 @@ def log_of(folder):
     return [json.loads(line) for line in open(Path(folder, "log.jsonl"))]
 
 
-# two ways to the same gradients are compared over a few large steps, before rounding grows: the losses of the
-# second step depend on the gradients of the first
+# two ways to the same gradients are compared after one large step, before rounding grows: Adam's first step
+# is about the sign of the gradient, and where that is nearly 0 rounding decides
 FEW_STEPS = dict(tokens=1024, log_every=1, lr=0.01, warmup=0.0)
 
 
-def assert_same_losses(one, two, atol=1e-3):
-    one, two = (np.array([line["ce"] + line["kl"] for line in log_of(folder)]) for folder in (one, two))
-    assert one.shape == two.shape and np.abs(one - two).max() < atol < np.abs(one[0] - one[-1]).max() / 100
+def assert_same_losses(one, two):
+    one, two = (np.array([line["ce"] + line["kl"] for line in log_of(folder)[:2]]) for folder in (one, two))
+    assert one.shape == two.shape and np.abs(one[0] - two[0]).max() < 1e-4
+    assert np.abs(one[1] - two[1]).max() < 0.05 * np.abs(one[1] - one[0]).max()
 
 
 def test_many_alphas_equal_one_at_a_time(corpus, trained, tmp_path):
