@@ -179,6 +179,7 @@ def sweep(scale, data, out, jobs, device):
     done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")   # which complains after Ctrl-C
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
     left = sum(run.work(scale) for run in todo)
     bar = tqdm(total=left, bar_format="{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
