@@ -487,7 +487,8 @@ def main():
     if dist.is_initialized():
         dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{time.perf_counter() - start:.0f} s; next: python eval.py {' '.join(paths)} --data {config.data}")
+        seconds = time.perf_counter() - start
+        print(f"{seconds:.0f} s; next: python eval.py {' '.join(paths)} --data {config.data}")
 
 
 if __name__ == "__main__":
