@@ -15,7 +15,6 @@ model and each set on the select half. That removes gains from smoothing alone.
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -177,35 +176,24 @@ def token_gains(base, student, teacher, other, data_dir, windows=256):
 
 
 def print_token_gains(models, data_dir, windows):
-    """The table of token_gains for BASE STUDENT --teacher TEACHER OTHER."""
-    runs = [(extra["settings"]["size"], extra["settings"]["tokens"], extra["settings"]["seed"])
-            for _, extra in models]
-    (b, s, _, o), alone = runs, [not extra["alpha"] for _, extra in models]
-    if b != s or o[:2] != b[:2] or o[2] == b[2] or (alone[0], alone[1], alone[3]) != (True, False, True):
-        raise UserError("--teacher needs a student alone and a taught one of the same size, tokens and seed; "
-                        "after it, the teacher and a student alone of another seed")
-    print(f"{'who is right (argmax)':35}  share  gain over [0], nats per token")
-    for where, groups in token_gains(*(model for model, _ in models), data_dir, windows).items():
+    """The table of token_gains."""
+    print(f"{'who is right (argmax)':35}  share  gain of [1] over [0], nats per token")
+    for where, groups in token_gains(*models, data_dir, windows).items():
         for name, (share, gain) in groups.items():
             print(f"{where:10} {name:22} {share:8.1%}  {gain:+.3f}")
 
 
-def print_table(paths, models, data_dir, windows):
-    """Checkpoints side by side: a line per measure, a column each, in brackets the gain over the first."""
-    for i, (path, (_, extra)) in enumerate(zip(paths, models)):
-        settings, alpha = extra["settings"], extra["alpha"]
-        taught = f", alpha {alpha:g} from {settings['teacher']['name']}" if alpha else ""
-        print(f"[{i}] {path}: {settings['size']}, {settings['tokens']:,} tokens, seed {settings['seed']}"
-              f"{taught}")
+def print_table(models, data_dir, windows):
+    """Models side by side: a line per measure, a column each, in brackets the gain over the first."""
     columns = [{name: x["report"] for name, x in evaluate(model, data_dir, windows).items()}
-               for model, _ in models]
+               for model in models]
     for column in columns:
         for kind in ("", "calibrated/"):
             outside = [x for name, x in column.items() if name.startswith(f"{kind}ood/")]
             if outside:
                 column[f"{kind}ood, mean"] = np.mean(outside)
     print("\nreport half: loss in nats per token; task: probability of the right choice; accuracy")
-    others = "".join(f"{f'[{i}]':>9}{'':10}" for i in range(1, len(paths)))
+    others = "".join(f"{f'[{i}]':>9}{'':10}" for i in range(1, len(models)))
     print(f"{'in brackets: gain over [0]':30}[0]{others}".rstrip())
     for kind in ("in_domain", "ood/", "ood, mean", "calibrated/", "task/", "accuracy/"):
         sign = 1 if kind in ("task/", "accuracy/") else -1   # a loss is better if it is lower
@@ -221,10 +209,8 @@ def print_table(paths, models, data_dir, windows):
 #  "seconds": 39.8, "metrics": what evaluate() returns}
 
 KEYS = ("model", "seed", "teacher", "teacher_seed", "alpha")                 # which model a row is of
-# the axes of losses(row): half of the held-out text, plain or calibrated, where
-SELECT, REPORT = range(2)
-PLAIN, CALIBRATED = range(2)
-IN, OUT = range(2)                       # in domain; outside, the mean of the ood sets
+IN, OUT = "in_domain", "ood/"            # names of metrics begin so; "outside" is the mean of the ood sets
+PLAIN, CALIBRATED = KINDS = "", "calibrated/"                                # and before that with this
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -243,20 +229,6 @@ def model_name(size, tokens):
     return f"{size}@{tokens / UNITS.get(unit, 1):.15g}{unit}"
 
 
-def losses(row):
-    """A row -> nats per token (2 halves, plain or calibrated, in domain or outside)."""
-    def mean(prefix, half):
-        return np.mean([x[half] for name, x in row["metrics"].items() if name.startswith(prefix)])
-    return np.array([[[mean(kind + where, half) for where in ("in_domain", "ood/")]
-                      for kind in ("", "calibrated/")] for half in ("select", "report")])
-
-
-def accuracy(row):
-    """A row -> its mean accuracy in the tasks, report half, in percent; 0 without a task."""
-    found = [x["report"] for name, x in row["metrics"].items() if name.startswith("accuracy/")]
-    return 100 * sum(found) / max(1, len(found))
-
-
 def read_rows(path):
     """The rows of a results.jsonl; [] without one. Half a last line, which a kill may leave, is dropped."""
     rows, lines = {}, []
@@ -265,7 +237,8 @@ def read_rows(path):
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            if not np.isfinite([*losses(row).flat, row["flops"], row["teacher_flops"], row["seconds"]]).all():
+            numbers = [x[half] for x in row["metrics"].values() for half in ("select", "report")]
+            if not np.isfinite([*numbers, row["flops"], row["teacher_flops"], row["seconds"]]).all():
                 raise ValueError
             rows.setdefault(tuple(row[name] for name in (*KEYS, "corpus")), row)
         except (ValueError, KeyError, TypeError):
@@ -278,11 +251,17 @@ def read_rows(path):
     return list(rows.values())
 
 
+def metric(row, prefix, half="report"):
+    """A row's mean of the metrics whose names begin with prefix; 0 if it has none."""
+    found = [x[half] for name, x in row["metrics"].items() if name.startswith(prefix)]
+    return sum(found) / max(1, len(found))
+
+
 def interval(x):
     """One value a seed -> their mean, and the margin of its 95 % t-interval."""
     n = len(x)
     if n == 1:
-        return x[0], math.inf
+        return x[0], math.nan
     return np.mean(x), T_975[min(n - 1, len(T_975)) - 1] * np.std(x, ddof=1) / math.sqrt(n)
 
 
@@ -300,73 +279,85 @@ def judge(x):
     return "reproduced" if mean > margin else "not reproduced" if mean < -margin else "undecided"
 
 
+def mean(values):
+    """The mean of numbers, or of arrays of one shape."""
+    return np.mean(list(values), axis=0)
+
+
 def study(rows, student):
     """
-    One student's rows as arrays over S seeds, T teachers (weakest first) and A alphas, or None: of the seeds
-    that have every row of this grid. Alpha is chosen on the select halves; what is returned is of the report
-    halves. A gain is over the student alone of the same seed, in nats per token.
+    One student's rows -> its seeds that have every row of the grid, and what each teacher, weakest first,
+    brought it; None without such a seed. A gain is an array of one value a seed: how many nats per token less
+    than the student alone of that seed. Alpha is chosen on the select halves, all else is of the report ones.
     """
+    by_key = {tuple(row[key] for key in KEYS): row for row in rows}
     taught = [row for row in rows if row["model"] == student and row["teacher"]]
-    found = {tuple(row[key] for key in KEYS): row for row in rows}
-    teachers, alphas, seeds = (sorted({row[key] for row in taught}) for key in ("teacher", "alpha", "seed"))
+    names, alphas, seeds = (sorted({row[key] for row in taught}) for key in ("teacher", "alpha", "seed"))
     teacher_seed = {row["seed"]: row["teacher_seed"] for row in taught}
-    T, A, (size, tokens) = len(teachers), len(alphas), parse_model(student)
-
-    def grid(seed):
-        """Which 2 + T + T A rows a seed needs: alone on once and twice the tokens, teachers, taught."""
-        return [(student, seed, None, None, 0.0), (model_name(size, 2 * tokens), seed, None, None, 0.0),
-                *((t, teacher_seed[seed], None, None, 0.0) for t in teachers),
-                *((student, seed, t, teacher_seed[seed], alpha) for t in teachers for alpha in alphas)]
-    seeds = [seed for seed in seeds if found.keys() >= set(grid(seed))]
-    if not seeds:
+    size, tokens = parse_model(student)
+    complete = {}                                            # seed -> {which model: its row}
+    for seed in seeds:
+        grid = {"alone": (student, seed, None, None, 0.0),
+                "twice": (model_name(size, 2 * tokens), seed, None, None, 0.0),          # the tokens
+                **{name: (name, teacher_seed[seed], None, None, 0.0) for name in names},
+                **{(name, alpha): (student, seed, name, teacher_seed[seed], alpha)
+                   for name in names for alpha in alphas}}
+        if by_key.keys() >= set(grid.values()):
+            complete[seed] = {which: by_key[key] for which, key in grid.items()}
+    if not complete:
         return None
-    x, task = (np.array([[measure(found[key]) for key in grid(seed)] for seed in seeds])
-               for measure in (losses, accuracy))            # (S, 2 + T + T A, half, kind, where); (S, ...)
 
-    worse = (x[:, 2:2 + T] - x[:, :1])[..., REPORT, PLAIN, IN].mean(0)       # (T,): than the student alone
-    order = np.argsort(-worse)
-    teachers, worse = [teachers[i] for i in order], worse[order]
-    tables = np.array(["counts" in SIZES[parse_model(teacher)[0]] for teacher in teachers])
-    gain = (x[:, :1] - x[:, 2 + T:]).reshape(-1, T, A, 2, 2, 2)[:, order]    # (S, T, A, half, kind, where)
-    points = (task[:, 2 + T:] - task[:, :1]).reshape(-1, T, A)[:, order]
-    pick = gain[..., SELECT, :, OUT].mean(0).argmax(1)                       # (T, kind): the best alpha
-    best = np.empty_like(gain[:, :, 0, REPORT])              # (S, T, kind, where)
-    for t, kind in np.ndindex(T, 2):
-        best[:, t, kind] = gain[:, t, pick[t, kind], REPORT, kind]
-    double = (x[:, 0] - x[:, 1])[:, REPORT]                  # (S, kind, where): what twice the tokens buy
-    rate = double[..., OUT].mean(0) / double[..., IN].mean(0)        # (kind,): nats outside per nat in domain
+    def gain(which, prefix, half="report"):
+        return np.array([metric(models["alone"], prefix, half) - metric(models[which], prefix, half)
+                         for models in complete.values()])
+    rate = {kind: gain("twice", kind + OUT).mean() / gain("twice", kind + IN).mean() for kind in KINDS}
     flops = {row["model"]: row["flops"] for row in rows}
     forward = {row["teacher"]: row["teacher_flops"] for row in taught}
-    cost = np.array([[forward[t], forward[t] + flops[t]] for t in teachers]) / flops[student]
+    teachers = []
+    for name in names:
+        best = {kind: (name, max(alphas, key=lambda a: gain((name, a), kind + OUT, "select").mean()))
+                for kind in KINDS}                           # (teacher, alpha)
+        size, tokens = parse_model(name)
+        costs = forward[name], forward[name] + flops[name]
+        teachers.append(SimpleNamespace(
+            name=name, size=size, tokens=tokens, alpha=best[PLAIN][1],
+            worse=-gain(name, IN).mean(),                    # than the student alone, in domain
+            at={alpha: gain((name, alpha), OUT) for alpha in alphas},
+            inside=gain(best[PLAIN], IN), outside={kind: gain(best[kind], kind + OUT) for kind in KINDS},
+            # how much more outside than text that gains as much in domain
+            beyond={kind: gain(best[kind], kind + OUT) - rate[kind] * gain(best[kind], kind + IN)
+                    for kind in KINDS},
+            # the gain of more text instead, for the teacher's forward passes; for its training too
+            as_text=[gain("twice", OUT) * math.log2(min(1 + cost / flops[student], 2)) for cost in costs],
+            points=-100 * gain(best[PLAIN], "accuracy/")))   # of accuracy in the tasks
+    teachers.sort(key=lambda t: -t.worse)
+    tables = [t for t in teachers if "counts" in SIZES[t.size]]
+    weak = [t for t in teachers if t.worse > 0 and t not in tables]
+    strong = [t for t in teachers if t.worse <= 0 and t not in tables]
+    groups = ("weak ones", weak), ("strong ones", strong), ("tables", tables)
     return SimpleNamespace(
-        student=student, teachers=teachers, alphas=alphas, seeds=seeds, worse=worse, rate=rate,
-        weak=~tables & (worse > 0), strong=~tables & (worse <= 0), tables=tables,
-        own_teachers=len({teacher_seed[seed] for seed in seeds}) == len(seeds),
-        alone=x[:, 0, REPORT, PLAIN], gain=gain[..., REPORT, PLAIN, OUT],    # (S, where), (S, T, A)
-        alpha=np.array(alphas)[pick], best=best,
-        beyond=best[..., OUT] - rate * best[..., IN],        # (S, T, kind): more outside than text would give
-        # what twice the tokens buy, times log2 of how much more text the compute pays for: (S, T, 2)
-        as_text=double[:, None, None, PLAIN, OUT] * np.log2(np.minimum(1 + cost, 2)),
-        points=points[:, np.arange(T), pick[:, PLAIN]])      # (S, T): of accuracy in the task
+        student=student, seeds=list(complete), alphas=alphas, rate=rate, teachers=teachers,
+        weak=weak, strong=strong, tables=tables, groups=[group for group in groups if group[1]],
+        alone=[mean(metric(models["alone"], x) for models in complete.values()) for x in (IN, OUT)],
+        own_teachers=len({teacher_seed[seed] for seed in complete}) == len(complete))
 
 
 # ---- the four rules: study -> verdict, what was seen -------------------------
 
 def weak_teacher_helps(s):
     """Averaged over networks worse in domain than the student alone, the gain outside is above 0."""
-    if not s.weak.any():
+    if not s.weak:
         return "not tested", "No network is weaker than the student."
-    gain, pure = s.best[:, s.weak, PLAIN, OUT].mean(1), s.gain[:, s.weak, -1].mean(1)
+    gain, pure = mean(t.outside[PLAIN] for t in s.weak), mean(t.at[s.alphas[-1]] for t in s.weak)
     return judge(gain), (f"Weak teachers bring {show(gain)} outside at their best alpha, {show(pure)} at "
                          f"alpha {s.alphas[-1]:g}.")
 
 
 def by_size(s):
-    """Indices of the networks with the largest budget, smallest first."""
-    size, tokens = zip(*map(parse_model, s.teachers))
-    most = max((tokens[i] for i in np.flatnonzero(~s.tables)), default=0)
-    return sorted((i for i in np.flatnonzero(~s.tables) if tokens[i] == most),
-                  key=lambda i: list(SIZES).index(size[i]))
+    """The networks with the largest budget, smallest first."""
+    networks = s.weak + s.strong
+    most = max((t.tokens for t in networks), default=0)
+    return sorted((t for t in networks if t.tokens == most), key=lambda t: list(SIZES).index(t.size))
 
 
 def stronger_teacher_saturates(s):
@@ -374,38 +365,32 @@ def stronger_teacher_saturates(s):
     path = by_size(s)
     if len(path) < 3:
         return "not tested", "It takes three networks of one budget."
-    steps = np.diff(s.best[:, path, PLAIN, OUT], axis=1)                     # (S, steps)
-    less, (mean, margin) = steps[:, 0] - steps[:, -1], interval(steps[:, -1])
+    steps = [b.outside[PLAIN] - a.outside[PLAIN] for a, b in zip(path, path[1:])]
+    less, (last, margin) = steps[0] - steps[-1], interval(steps[-1])
     verdict = judge(less)
     if verdict == "reproduced":
-        verdict += ", reverses" if mean < -margin else ", diminishes" if mean > margin else ", saturates"
-    return verdict, (f"From {' to '.join(s.teachers[i] for i in path)} the gain outside changes by "
-                     f"{', '.join(map(show, steps.T))}; first step minus last: {show(less)}.")
-
-
-def groups(s):
-    """-> the kinds of teachers that there are: [(name, which of T) ...]."""
-    kinds = ("weak ones", s.weak), ("strong ones", s.strong), ("tables", s.tables)
-    return [(name, which) for name, which in kinds if which.any()]
+        verdict += ", reverses" if last < -margin else ", diminishes" if last > margin else ", saturates"
+    return verdict, (f"From {' to '.join(t.name for t in path)} the gain outside changes by "
+                     f"{', '.join(map(show, steps))}; first step minus last: {show(less)}.")
 
 
 def generalisation_first(s):
     """Weak teachers gain more outside than text that gains as much in domain."""
-    if not s.weak.any():
+    if not s.weak:
         return "not tested", "No network is weaker than the student."
-    seen = (f"{name} {show(s.beyond[:, which, PLAIN].mean(1))} (calibrated "
-            f"{show(s.beyond[:, which, CALIBRATED].mean(1))})" for name, which in groups(s))
-    return judge(s.beyond[:, s.weak, PLAIN].mean(1)), (
+    seen = (f"{name} {show(mean(t.beyond[PLAIN] for t in group))} (calibrated "
+            f"{show(mean(t.beyond[CALIBRATED] for t in group))})" for name, group in s.groups)
+    return judge(mean(t.beyond[PLAIN] for t in s.weak)), (
         f"More text brings {s.rate[PLAIN]:.2f} nats outside for each nat in domain. Beyond that, teachers "
         f"bring: {', '.join(seen)}.")
 
 
 def more_than_smoothing(s):
     """Calibrated, weak networks' mean gain outside lies above 0, and above that of the best table."""
-    if not s.weak.any() or not s.tables.any():
+    if not s.weak or not s.tables:
         return "not tested", "It takes a weak network and a table that counts."
-    gain, tables = s.best[:, s.weak, CALIBRATED, OUT].mean(1), s.best[:, s.tables, CALIBRATED, OUT]
-    table = tables[:, tables.mean(0).argmax()]               # chosen in favour of the tables
+    gain = mean(t.outside[CALIBRATED] for t in s.weak)
+    table = max((t.outside[CALIBRATED] for t in s.tables), key=np.mean)      # chosen in favour of the tables
     worst_first = ["too few seeds", "not reproduced", "undecided", "reproduced"]
     return min(judge(gain), judge(gain - table), key=worst_first.index), (
         f"Calibrated, weak teachers bring {show(gain)} outside, the best table {show(table)}; difference "
@@ -437,20 +422,16 @@ def write_report(rows, out):
             text += f"\n![the findings](findings_{student}.png)\n"
         except Exception as e:                               # no matplotlib, or one that is set up wrong
             text += f"\nNo figure ({type(e).__name__}: {e}); it takes pip install matplotlib.\n"
-    try:
-        Path(out, "report.md").write_text(text, encoding="utf-8")
-    except OSError as e:
-        print(f"warning: the report is not saved: {e}", file=sys.stderr)
+    Path(out, "report.md").write_text(text, encoding="utf-8")
     return text
 
 
 def report(s):
     """study -> Markdown."""
-    text = f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n\n"
+    text, (inside, outside) = f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n\n", s.alone
     for i, (claim, rule) in enumerate(FINDINGS.items(), 1):
         verdict, seen = rule(s)
         text += f"{i}. **{claim}: {verdict}.** {seen}\n"
-    inside, outside = s.alone.mean(0)
     text += f"""
 Alone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. Gains are over the
 student alone of the same seed. Alpha is chosen on the select halves; all figures are of the report halves.
@@ -461,54 +442,54 @@ As text: the gain outside if the teacher's compute bought the student alone more
 | its forward passes as text | its training too |
 |---|---|---|---|---|---|---|---|
 """
-    for i, teacher in enumerate(s.teachers):
-        gains = *s.best[:, i, PLAIN].T, s.best[:, i, CALIBRATED, OUT], *s.as_text[:, i].T
-        text += (f"| {teacher} | {s.worse[i]:+.3f} | {s.alpha[i, PLAIN]:g} | "
-                 f"{' | '.join(show(gain) for gain in gains)} |\n")
-    if s.points.any():
-        points = (f"{name} {show(s.points[:, which].mean(1), 1)}" for name, which in groups(s))
+    for t in s.teachers:
+        gains = t.inside, t.outside[PLAIN], t.outside[CALIBRATED], *t.as_text
+        text += f"| {t.name} | {t.worse:+.3f} | {t.alpha:g} | {' | '.join(map(show, gains))} |\n"
+    if any(t.points.any() for t in s.teachers):
+        points = (f"{name} {show(mean(t.points for t in group), 1)}" for name, group in s.groups)
         text += f"\nPoints of accuracy in the task: {', '.join(points)}.\n"
     return text
 
 
-def draw(s, path):
+def draw(s, file):
     """The four findings as four panels, one question each."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(9, 7.6), layout="constrained")
     (first, second), (third, fourth) = axes = figure.subplots(2, 2)
 
-    def points(axis, at, values, **style):                   # values: for each point, one a seed
-        if not len(values):
-            return
-        means, margins = np.transpose([interval(x) for x in values])
-        axis.errorbar(at, means, margins if len(s.seeds) > 1 else None, capsize=3, **style)
+    def points(axis, at, gains, **style):                    # a point for each gain, with its interval
+        if gains:
+            axis.errorbar(at, *np.transpose([interval(gain) for gain in gains]), capsize=3, **style)
 
     # 1: a low alpha against the highest, over all teachers; what lies far below is off the scale
-    low, top, boundary = (len(s.alphas) - 1) // 2, abs(s.gain.mean(0).max()), (s.worse > 0).sum() - 0.5
-    for a, style in ((low, dict(color="tab:blue", marker="o")), (-1, dict(color="tab:red", marker="^"))):
-        points(first, s.teachers, s.gain[:, :, a].T, label=f"alpha {s.alphas[a]:g}", **style)
+    names, low = [t.name for t in s.teachers], s.alphas[(len(s.alphas) - 1) // 2]
+    for alpha, style in ((low, dict(color="tab:blue", marker="o")),
+                         (s.alphas[-1], dict(color="tab:red", marker="^"))):
+        points(first, names, [t.at[alpha] for t in s.teachers], label=f"alpha {alpha:g}", **style)
+    top = abs(max(gain.mean() for t in s.teachers for gain in t.at.values()))
     first.set_ylim(-2 * top, 1.6 * top)
+    boundary = sum(t.worse > 0 for t in s.teachers) - 0.5
     first.axvline(boundary, color="0.7")
     first.text(boundary, 1.4 * top, "weaker than the student ", ha="right", fontsize=8)
     first.text(boundary, 1.4 * top, " stronger", fontsize=8)
 
-    # 2: along size
-    for i in by_size(s):
-        second.annotate(s.teachers[i], (-s.worse[i], s.best[:, i, PLAIN, OUT].mean()), (5, -12),
-                        textcoords="offset points", fontsize=8)
-    points(second, -s.worse[by_size(s)], s.best[:, by_size(s), PLAIN, OUT].T, color="black", marker="o")
+    # 2: along size; 3: groups of teachers; 4: tables and weak networks
+    path = by_size(s)
+    points(second, [-t.worse for t in path], [t.outside[PLAIN] for t in path], color="black", marker="o")
+    for t in path:
+        second.annotate(t.name, (-t.worse, t.outside[PLAIN].mean()), (5, -12), textcoords="offset points",
+                        fontsize=8)
     second.set_xlabel("the teacher predicts better than the student by, nats")
     second.margins(x=0.15)
-
-    # 3: kinds of teachers; 4: the weak and the tables
-    kinds, controls = groups(s), np.flatnonzero(s.weak | s.tables)
-    third.set_xticks(range(len(kinds)), [f"from {name}" for name, _ in kinds])
-    fourth.set_xticks(range(len(controls)), [s.teachers[i] for i in controls])
-    for kind, style in ((PLAIN, dict(label="as it is", color="black", marker="o", ls="none")),
-                        (CALIBRATED, dict(label="calibrated", color="tab:orange", marker="s", ls="none"))):
-        beyond = [s.beyond[:, which, kind].mean(1) for _, which in kinds]
-        points(third, np.arange(len(kinds)) + 0.15 * kind, beyond, **style)
-        points(fourth, np.arange(len(controls)) + 0.15 * kind, s.best[:, controls, kind, OUT].T, **style)
+    third.set_xticks(range(len(s.groups)), [f"from {name}" for name, _ in s.groups])
+    controls = [t for t in s.teachers if t not in s.strong]
+    fourth.set_xticks(range(len(controls)), [t.name for t in controls])
+    for kind, shift, style in (
+            (PLAIN, 0, dict(label="as it is", color="black", marker="o", ls="none")),
+            (CALIBRATED, 0.15, dict(label="calibrated", color="orange", marker="s", ls="none"))):
+        beyond = [mean(t.beyond[kind] for t in group) for _, group in s.groups]
+        points(third, np.arange(len(beyond)) + shift, beyond, **style)
+        points(fourth, np.arange(len(controls)) + shift, [t.outside[kind] for t in controls], **style)
 
     for axis, (claim, rule) in zip(axes.flat, FINDINGS.items()):
         axis.set_title(f"{claim}:\n{rule(s)[0]}", fontsize=10)
@@ -520,7 +501,7 @@ def draw(s, path):
     third.set_ylabel("gain outside, less what text gives\nwith the same gain in domain, nats")
     for axis in (first, fourth):
         axis.tick_params("x", rotation=45, labelsize=8)
-    figure.savefig(path, dpi=100)
+    figure.savefig(file, dpi=100)
 
 
 # ---- the command line --------------------------------------------------------
@@ -544,22 +525,27 @@ def main():
         parser.error("--teacher takes two checkpoints before it: a student alone and a taught one")
     device, encoding = pick_device(args.device)[0], load_tokenizer(args.data)
     tokenizer, paths = load_meta(args.data)["tokenizer"], args.checkpoints + args.teacher
-    models = [load_checkpoint(path, device, tokenizer) for path in paths]
-    if len({model.config.block_size for model, _ in models}) > 1 and not args.json:
+    models, extras = zip(*(load_checkpoint(path, device, tokenizer) for path in paths))
+    if args.json:
+        return print(json.dumps({path: evaluate(model, args.data, args.windows)
+                                 for path, model in zip(paths, models)}, indent=1))
+    if len({model.config.block_size for model in models}) > 1:
         raise UserError("these models have different context lengths: evaluate one at a time, or use --json")
+    for i, (path, extra) in enumerate(zip(paths, extras)):
+        settings, alpha = extra["settings"], extra["alpha"]
+        taught = f", alpha {alpha:g} from {settings['teacher']['name']}" if alpha else ""
+        print(f"[{i}] {path}: {settings['size']}, {settings['tokens']:,} tokens, seed {settings['seed']}"
+              f"{taught}")
     if args.teacher:
         print_token_gains(models, args.data, args.windows)
-    elif args.json:
-        print(json.dumps({path: evaluate(model, args.data, args.windows)
-                          for path, (model, _) in zip(paths, models)}, indent=1))
     elif args.sample is not None:
-        for path, (model, _) in zip(paths, models):
+        for i, model in enumerate(models):
             torch.manual_seed(1)
             idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)
-            ids = [i for i in model.generate(idx, 200, 0.8, 50)[0].tolist() if i < encoding.eot_token]
-            print(f"--- {path}\n{encoding.decode(ids)}")
+            ids = [k for k in model.generate(idx, 200, 0.8, 50)[0].tolist() if k < encoding.eot_token]
+            print(f"\n--- [{i}]\n{encoding.decode(ids)}")
     else:
-        print_table(paths, models, args.data, args.windows)
+        print_table(models, args.data, args.windows)
 
 
 if __name__ == "__main__":

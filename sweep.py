@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import UserError, load_meta, make_parser, prepare, run_main, whole_number
 from distill import H100_FLOPS, Config, list_of_numbers, train
-from eval import (IN, KEYS, OUT, PLAIN, REPORT, evaluate, evaluation_sets, losses, model_name, parse_model,
+from eval import (IN, KEYS, OUT, evaluate, evaluation_sets, metric, model_name, parse_model,
                   read_rows, read_windows, write_report)
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
@@ -154,11 +154,11 @@ def train_and_evaluate(run, scale, data, out, device):
 def cell_line(run, rows):
     """'xs@2M (0.27 nats worse) -> s@1.5M, seed 1: outside +0.045 at alpha 0.25, -0.186 at alpha 1'"""
     keys = run.teacher.keys + run.alone.keys + run.keys
-    teacher, alone, *taught = (losses(rows[key])[REPORT, PLAIN] for key in keys)
-    nats, word = abs(teacher[IN] - alone[IN]), "worse" if teacher[IN] > alone[IN] else "better"
-    gains = [f"{alone[OUT] - x[OUT]:+.3f} at alpha {alpha:g}" for x, alpha in zip(taught, run.alphas)]
-    return (f"{run.teacher.model} ({nats:.2f} nats {word}) -> {run.model}, seed {run.seed}: outside "
-            f"{', '.join(gains)}")
+    teacher, alone, *taught = (rows[key] for key in keys)
+    worse = metric(teacher, IN) - metric(alone, IN)
+    gains = (f"{metric(alone, OUT) - metric(row, OUT):+.3f} at alpha {row['alpha']:g}" for row in taught)
+    return (f"{run.teacher.model} ({abs(worse):.2f} nats {'worse' if worse > 0 else 'better'}) -> {run.model}, "
+            f"seed {run.seed}: outside {', '.join(gains)}")
 
 
 def sweep(scale, data, out, jobs, device):

@@ -850,11 +850,6 @@ def test_where_the_gain_lies(corpus, trained, monkeypatch, capsys):
         return call(evaluation.main, [*argv, "--data", corpus, "--windows", 16], monkeypatch, capsys)
     code, out, err = show(base, student, "--teacher", teacher, other)
     assert code == 0 and "outside    only the other student" in out, err
-    for one, two, three, four in ((student, base, teacher, other), (base, base, teacher, other),
-                                  (other, student, teacher, base), (teacher, student, teacher, other),
-                                  (base, student, teacher, base), (base, student, other, teacher)):
-        code, out, err = show(one, two, "--teacher", three, four)
-        assert code == 2 and "--teacher needs a student alone" in err[0] and len(err) == 1, err
     code, out, err = show(base, student, other, "--teacher", teacher, other)
     assert code == 2 and "takes two checkpoints" in err[0], err
 
@@ -1000,14 +995,15 @@ def test_rules_three_and_four_look_at_calibrated_losses_too():
 def test_alpha_is_chosen_on_one_half_and_quoted_on_the_other():
     rows = made_up(noise=0)
     s = evaluation.study(rows, STUDENT)
-    assert s.teachers == ["bigram@32M", "xs@32M", "s@32M", "m@32M"] and s.alpha[1].tolist() == [0.25, 0.25]
-    assert np.allclose(s.as_text, [0.24 * math.log2(1.5), 0.24])                 # half as much again; twice
+    assert [f"{t.name} {t.alpha:g}" for t in s.teachers] == [
+        "bigram@32M 0.25", "xs@32M 0.25", "s@32M 1", "m@32M 1"]
+    assert all(np.allclose(t.as_text, [[0.24 * math.log2(1.5)], [0.24]]) for t in s.teachers)  # 1.5 x; twice
     for row in rows:
         if row["teacher"] and row["alpha"] == 1.0:            # looks best on select, as it is, only
             for name in ("ood/a", "ood/b"):
                 row["metrics"][name]["select"] -= 0.5
-    s = evaluation.study(rows, STUDENT)
-    assert s.alpha[1].tolist() == [1.0, 0.25] and np.allclose(s.best[:, 1, :, evaluation.OUT], [-0.1, 0.04])
+    xs = evaluation.study(rows, STUDENT).teachers[1]
+    assert xs.alpha == 1.0 and np.allclose([*xs.outside.values()], [[-0.1], [0.04]])
     assert verdicts(rows)[0] == "not reproduced"
 
 
@@ -1032,14 +1028,10 @@ def test_a_seed_with_a_row_missing_is_left_out_and_the_report_says_so(tmp_path):
     assert "Points of accuracy" not in evaluation.write_report(rows, str(tmp_path))
 
 
-def test_a_report_needs_no_figure_and_no_folder(tmp_path, monkeypatch, capsys):
-    def broken(*_):
-        raise ValueError("no such backend")
-    monkeypatch.setattr(evaluation, "draw", broken)           # as matplotlib is in a notebook's MPLBACKEND
+def test_a_report_needs_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     text = evaluation.write_report(made_up(), str(tmp_path))
-    assert "No figure (ValueError: no such backend)" in text and "reproduced" in text
-    assert evaluation.write_report(made_up(), str(tmp_path / "absent")) == text
-    assert "the report is not saved" in capsys.readouterr().err
+    assert "No figure (" in text and "pip install matplotlib" in text and "reproduced" in text
 
 
 def test_results_are_read_with_care(tmp_path):
@@ -1051,7 +1043,7 @@ def test_results_are_read_with_care(tmp_path):
         assert evaluation.read_rows(path) == rows
     for change, word in ((dict(corpus="another"), "line 2 comes from a different corpus"),
                          (dict(seconds=math.nan), "line 2 is not a valid result"),
-                         (dict(metrics={}), "line 2 is not a valid result")):
+                         (dict(metrics={"in_domain": {}}), "line 2 is not a valid result")):
         path.write_text("\n".join([lines[0], json.dumps({**rows[1], **change}), lines[2]]))
         with pytest.raises(data.UserError, match=word):
             evaluation.read_rows(path)
