@@ -18,8 +18,6 @@ Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. ti
 """
 import argparse
 import base64
-import codecs
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -127,15 +125,12 @@ def fineweb_shard(name, out_dir):
     return np.memmap(path, "<u2", "r", offset=1024)
 
 
-def split_documents(in_domain, ood, more_ood):
+def split_documents(in_domain, ood):
     """
-    -> {"train": documents, "val": ..., "ood_NAME": ...}; more_ood: sets of the user's own. val by a hash of
-    the name, so that adding a file moves no other; in the order of that hash, so that any prefix is a
-    fair sample; no text twice.
+    -> {"train": documents, "val": ..., "ood_NAME": ...}. val by a hash of the name, so that adding a file
+    moves no other; in the order of that hash, so that any prefix is a fair sample; no text twice.
     """
     sets, seen = {"train": [], "val": []}, set()
-    if ood.keys() & more_ood.keys():
-        raise UserError(f"--ood: this corpus has sets named {', '.join(ood)} already: choose another name")
 
     def unseen(documents):
         for name, text in sorted(documents, key=lambda document: sha(document[0])):
@@ -144,7 +139,7 @@ def split_documents(in_domain, ood, more_ood):
                 yield name, text
     for name, text in unseen(in_domain):
         sets["val" if int(sha(name), 16) % 100 < VAL_PERCENT else "train"].append((name, text))
-    for key, documents in {**ood, **more_ood}.items():
+    for key, documents in ood.items():
         sets[f"ood_{key}"], size = [], 0
         for name, text in unseen(documents):
             if size >= OOD_CHARS:
@@ -152,9 +147,8 @@ def split_documents(in_domain, ood, more_ood):
             sets[f"ood_{key}"].append((name, text))
             size += len(text)
     for name, documents in sets.items():
-        if not documents:
-            which = "torch's C++ headers" if name == "ood_cpp" else "more text, at least about 100 kB"
-            raise UserError(f"the set {name} is empty: it needs {which}, and none that another set has")
+        if not documents:                                    # ood_cpp: a torch without its headers
+            raise UserError(f"the set {name} is empty: it needs text, about 100 kB, that no other set has")
     return sets
 
 
@@ -175,7 +169,7 @@ def bracket_items(sets, pairs=63):
     halves = [], []
     for documents in sets:
         middle = len(documents) // 2
-        found = bracket_pairs(documents[:middle]), bracket_pairs(documents[middle:])
+        found = [list(bracket_pairs(half)) for half in (documents[:middle], documents[middle:])]
         for items, half in zip(halves, found):
             for kind in zip(*evenly_spaced(half, min(pairs, *map(len, found)))):       # all ), then all ]
                 items += kind
@@ -184,7 +178,6 @@ def bracket_items(sets, pairs=63):
 
 def bracket_pairs(documents):
     """Documents (name, text) -> pairs of items, at most six a document."""
-    pairs = []
     for name, text in documents:
         cuts, stack = {")": [], "]": []}, []                 # the stack: positions of open brackets
         for i, character in enumerate(text):
@@ -195,20 +188,14 @@ def bracket_pairs(documents):
                 if text[start] + character not in ("()", "[]", "{}"):
                     stack = []                               # one of them stood in a string: start over
                 elif character in cuts and 8 <= i - start <= 200 and text[i - 1].isalnum():
-                    cuts[character].append(bracket_item(text, start, i))
+                    first = max(0, i - 280)                  # at most 280 characters of context,
+                    if first:                                # in whole lines, but not without its opener
+                        first = max(first, text.find("\n", first, start) + 1)
+                    rest = text[i + 1:i + 31].partition("\n")[0]
+                    cuts[character].append({"context": text[first:i], "choices": [f"){rest}", f"]{rest}"],
+                                            "label": ")]".index(character)})
         draw, n = random.Random(name), min(6, len(cuts[")"]), len(cuts["]"]))
-        pairs += zip(draw.sample(cuts[")"], n), draw.sample(cuts["]"], n))
-    return pairs
-
-
-def bracket_item(text, start, end):
-    """The item of a text cut at end, before the bracket that closes the one at start."""
-    first = max(0, end - 280)                                # at most 280 characters
-    if first:                                                # in whole lines, but not without its opener
-        newline = text.find("\n", first, start)
-        first = newline + 1 if newline >= 0 else first
-    rest = text[end + 1:end + 31].partition("\n")[0]
-    return {"context": text[first:end], "choices": [f"){rest}", f"]{rest}"], "label": ")]".index(text[end])}
+        yield from zip(draw.sample(cuts[")"], n), draw.sample(cuts["]"], n))
 
 
 def read_items(path):
@@ -216,12 +203,12 @@ def read_items(path):
     Items from a file of JSON lines, {"context", "choices", "label"} or HellaSwag's {"ctx", "endings",
     "label"}, whose endings follow after a space.
     """
-    items, lines = [], Path(path).read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    for number, line in enumerate(lines, 1):
+    items = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
         try:
-            if not line.strip():
-                continue
-            item = json.loads(line.decode("utf-8"))
+            item = json.loads(line)                          # of bytes: strict UTF-8
             if "ctx" in item:
                 item |= {"context": item["ctx"], "choices": [f" {ending}" for ending in item["endings"]]}
             context, choices = item["context"], item["choices"]
@@ -300,9 +287,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     is "gpt2", as it always is with fineweb-edu; tasks = {name: file of items}. A finished out_dir of the same
     arguments is left as it is; another is an error.
     """
-    ood, tasks = dict(ood or {}), dict(tasks or {})
-    if corpus == "fineweb-edu":
-        vocab_size = "gpt2"
+    ood, tasks = ood or {}, tasks or {}
     files = (*train, *ood.values(), *tasks.values())
     for path in files:
         if not os.path.isfile(path):
@@ -316,27 +301,25 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
             raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder")
         return meta
 
-    # the text
+    # the text; a set or a task of the user's takes the place of ours of that name
     ood = {name: list(pieces(path)) for name, path in ood.items()}
     tasks = {name: read_items(path) for name, path in tasks.items()}
     if corpus == "text":
-        in_domain, python_ood = [piece for path in train for piece in pieces(path)], {}
+        in_domain = [piece for path in train for piece in pieces(path)]
     else:
         in_domain, python_ood = python_documents()
-    if corpus == "fineweb-edu" and "code" in ood:
-        raise UserError("--ood: this corpus has a set named code already: choose another name")
-    sets, arrays = split_documents(in_domain, python_ood, ood), {}
+        ood = python_ood | ood
+    sets, arrays = split_documents(in_domain, ood), {}
     if corpus == "python":
-        if "brackets" in tasks:
-            raise UserError("--task: this corpus has a task brackets already: choose another name")
-        of_python = "val", "ood_sympy", "ood_numpy", "ood_networkx"
-        tasks["brackets"] = bracket_items([sets[name] for name in of_python])
+        of_python = [sets[name] for name in ("val", "ood_sympy", "ood_numpy", "ood_networkx")]
+        tasks = {"brackets": bracket_items(of_python)} | tasks
     if corpus == "fineweb-edu":                              # code is out of distribution
+        vocab_size = "gpt2"
         names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
         arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
         arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
         del sets["train"]
-        sets["ood_code"] = sets.pop("val")
+        sets.setdefault("ood_code", sets.pop("val"))
 
     # the vocabulary
     if vocab_size == "gpt2":
@@ -387,8 +370,6 @@ def write_ids(path, arrays, encoding, dtype):
     counts, digest = np.zeros(encoding.n_vocab, dtype=np.int64), hashlib.sha256()
     with open(path, "wb") as f:
         for ids in arrays:
-            if ids.max() >= encoding.n_vocab:
-                raise UserError(f"{path} contains ids outside the vocabulary of {encoding.n_vocab}")
             ids = ids.astype(dtype)
             ids.tofile(f)
             digest.update(ids)
@@ -407,10 +388,7 @@ def load_meta(data_dir):
     """meta.json of a corpus folder: sizes, fingerprints, and what it was made from."""
     path = os.path.join(data_dir, "meta.json")
     if not os.path.exists(path):
-        name = os.path.basename(data_dir)
-        corpus = name if name in ("python", "fineweb-edu") else "..."
-        raise UserError(f"{data_dir} is not a corpus folder: make it with python data.py --corpus {corpus} "
-                        f"--out {data_dir}")
+        raise UserError(f"{data_dir} is not a corpus folder: make it with data.py, whose --help says how")
     try:
         meta = json.loads(Path(path).read_text(encoding="utf-8"))
         if meta["fingerprint"] != fingerprint(meta) or not {"arguments", "pattern"} <= meta.keys():
@@ -496,15 +474,20 @@ def run_main(main):
             stream.reconfigure(errors="replace")             # not every terminal can print ±
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:                                  # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (UserError, OSError) as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)
+
+
+def name_and_file(text):
+    """'news=news.txt' -> ('news', 'news.txt')."""
+    name, _, path = text.partition("=")
+    if not name.isidentifier() or not path:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, a NAME of letters, digits and _")
+    return name, path
 
 
 def main():
@@ -520,27 +503,22 @@ def main():
     parser.add_argument("--train", nargs="+", action="extend", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE",
-                        help="your own out-of-distribution sets, one UTF-8 file each")
+                        type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each; "
+                        "NAME: letters, digits, _; it replaces a set of the corpus of that name")
     parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="NAME=FILE",
-                        help='your own downstream tasks: JSON lines with "context", "choices", "label", '
-                        "or HellaSwag's own file")
+                        type=name_and_file, help='your own downstream tasks: JSON lines with "context", '
+                        '"choices", "label", or HellaSwag\'s own file')
     args = parser.parse_args()
-    ood, tasks = (dict(word.partition("=")[::2] for word in words) for words in (args.ood, args.task))
-    for flag, words, named in (("--ood", args.ood, ood), ("--task", args.task, tasks)):
-        if not all(name.isidentifier() and path for name, path in named.items()):
-            parser.error(f"{flag} takes NAME=FILE, a NAME of letters, digits and _, not {' '.join(words)}")
-        if len(named) < len(words):
-            parser.error(f"{flag} takes each NAME once, not {' '.join(words)}")
+    ood, tasks = dict(args.ood), dict(args.task)
+    if len(ood) < len(args.ood) or len(tasks) < len(args.task):
+        parser.error("--ood and --task take each NAME once")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--train FILES goes with --corpus text, and only with it")
     vocab_size = args.vocab_size if args.vocab_size == "gpt2" else whole_number(args.vocab_size)
     if vocab_size != "gpt2" and vocab_size < 257:
         parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {vocab_size}")
     out = args.out or f"data/{args.corpus}"
-    train = []
-    for word in args.train:                                  # not every shell expands *.txt
-        train += [word] if os.path.exists(word) else sorted(glob.glob(word)) or [word]
-    meta = prepare(args.corpus, out, vocab_size, train, ood, args.tokens, tasks)
+    meta = prepare(args.corpus, out, vocab_size, args.train, ood, args.tokens, tasks)
     print(f"{out}: vocabulary {meta['vocab_size']}, {meta['dtype']}, fingerprint {meta['fingerprint']}")
     for name, s in meta["sets"].items():
         print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens, "

@@ -287,28 +287,25 @@ def train(config, show_progress=True):
 
 def check(config):
     """Refuse settings that do not make sense."""
-    for names, low, high in (
-            ("tokens batch_size block_size accumulate log_every", 1, math.inf),
-            ("temperature", 0.001, math.inf), ("seed", 0, 2**63 - 1),
-            ("top_k lr weight_decay grad_clip save_every", 0, math.inf),
-            ("alpha min_lr warmup", 0, 1), ("beta1 beta2", 0, 0.999999)):
+    def require(holds, message):
+        if not holds:
+            raise UserError(message)
+    require(config.size in SIZES, f"--size must be one of {' '.join(SIZES)}, not {config.size}")
+    dtypes = "auto", "float32", "bfloat16", "float16"
+    require(config.dtype in dtypes, f"--dtype must be one of {' '.join(dtypes)}, not {config.dtype}")
+    for names, low, high in (("tokens batch_size block_size accumulate log_every", 1, math.inf),
+                             ("seed top_k lr weight_decay grad_clip save_every", 0, math.inf),
+                             ("temperature", 0.001, math.inf), ("min_lr warmup beta1 beta2", 0, 1)):
         for name in names.split():
             value = getattr(config, name)
-            if not all(low <= x <= high for x in (value if name == "alpha" else [value])):
-                limits = f"from {low} to {high}" if high < math.inf else f"at least {low}"
-                raise UserError(f"--{name} must be {limits}, not {value}")
-    counts = "counts" in SIZES.get(config.size, {})
-    dtypes = "auto", "float32", "bfloat16", "float16"
-    for wrong, message in (
-            (config.size not in SIZES, f"--size must be one of {' '.join(SIZES)}, not {config.size}"),
-            (config.dtype not in dtypes, f"--dtype must be one of {' '.join(dtypes)}, not {config.dtype}"),
-            (len({f"{a:g}" for a in config.alpha}) < len(config.alpha), "--alpha lists a value twice"),
-            (any(config.alpha) and not config.teacher, "--alpha above 0 needs a --teacher"),
-            (config.teacher and not any(config.alpha), "a --teacher has no effect at alpha 0: try 0.25"),
-            (config.teacher and counts, f"--size {config.size} only counts and takes no --teacher"),
-            (not config.steps, f"--tokens {config.tokens} is less than a step of {config.tokens_per_step}")):
-        if wrong:
-            raise UserError(message)
+            require(low <= value <= high, f"--{name} must be from {low} to {high}, not {value}")
+    require(all(0 <= a <= 1 for a in config.alpha), f"--alpha must be from 0 to 1, not {config.alpha}")
+    require(len({f"{a:g}" for a in config.alpha}) == len(config.alpha), "--alpha lists a value twice")
+    require(config.teacher or not any(config.alpha), "--alpha above 0 needs a --teacher")
+    require(any(config.alpha) or not config.teacher, "a --teacher has no effect at alpha 0: try 0.25")
+    require(not config.teacher or "counts" not in SIZES[config.size],
+            f"--size {config.size} only counts and takes no --teacher")
+    require(config.steps, f"--tokens {config.tokens} is less than a step of {config.tokens_per_step}")
 
 
 def load_teacher(config, meta, device):

@@ -44,8 +44,7 @@ class Scale:
     training: dict = field(default_factory=dict)       # what differs from Config's defaults
     windows: int = 256               # evaluated in each half of a set
     items: int = 500                 # evaluated in each half of a task
-    machine: str = "2 slow CPU cores"                  # for --dry_run, and its FLOP/s
-    speed: float = 8e10
+    speed: float = 8e10              # FLOP/s of the machine, for --dry_run; here two slow CPU cores
 
 
 SCALES = {
@@ -55,15 +54,14 @@ SCALES = {
     "full": Scale("s@1.5M", "unigram@8M bigram@8M xs@1M xs@2M s@1M xs@8M s@8M m@8M l@8M",
                   (0.1, 0.25, 0.5, 1.0), range(21, 27), teacher_sets=8),     # each seed has its own
     "gpu": Scale("5M@8M", "bigram@32M l@8M m@32M 5M@32M 20M@32M", (0.25, 1.0), range(1, 6),
-                 training=dict(batch_size=32, block_size=256),
-                 machine="a GPU that reaches 1e13 FLOP/s", speed=1e13),
+                 training=dict(batch_size=32, block_size=256), speed=1e13),
     "fineweb": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", (0.25, 1.0), corpus="fineweb-edu",
-                     vocab_size=50_304, machine="an H100", speed=0.27 * H100_FLOPS,
+                     vocab_size=50_304, speed=0.27 * H100_FLOPS,
                      training=dict(batch_size=32, accumulate=4, block_size=1024, lr=1e-3, warmup=0.05)),
     "paper": Scale("1.7B@50B", " ".join(f"{size}@{n}B" for size in ("0.7B", "1.7B", "3.8B", "8B")
                                         for n in (10, 30, 50, 80, 100, 300)),
                    (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256, corpus="fineweb-edu",
-                   machine="an H100", speed=0.4 * H100_FLOPS,
+                   speed=0.4 * H100_FLOPS,
                    training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4, warmup=0.05)),
 }
 
@@ -157,8 +155,8 @@ def cell_line(run, rows):
     teacher, alone, *taught = (rows[key] for key in keys)
     worse = metric(teacher, IN) - metric(alone, IN)
     gains = (f"{metric(alone, OUT) - metric(row, OUT):+.3f} at alpha {row['alpha']:g}" for row in taught)
-    return (f"{run.teacher.model} ({abs(worse):.2f} nats {'worse' if worse > 0 else 'better'}) -> {run.model}, "
-            f"seed {run.seed}: outside {', '.join(gains)}")
+    compared = f"{abs(worse):.2f} nats {'worse' if worse > 0 else 'better'}"
+    return f"{run.teacher.model} ({compared}) -> {run.model}, seed {run.seed}: outside {', '.join(gains)}"
 
 
 def sweep(scale, data, out, jobs, device):
@@ -259,8 +257,8 @@ def main():
             total += flops
             print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {flops:9.2e} FLOPs")
         hours = sum(run.work(scale) for run in runs) / scale.speed / 3600
-        return print(f"{len(runs)} runs, {total:.2e} FLOPs: about {hours:,.1f} hours of {scale.machine} "
-                     "(computed)")
+        return print(f"{len(runs)} runs, {total:.2e} FLOPs: about {hours:,.1f} hours at {scale.speed:.1e} "
+                     "FLOP/s")
     start, out = time.perf_counter(), args.out or f"out/{args.scale}"
     data = args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":

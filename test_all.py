@@ -323,8 +323,8 @@ def test_prepare_keeps_every_document_and_its_counts(tmp_path, ends):
 
 def test_split_moves_nothing_when_a_file_is_added():
     documents = [(f"pkg/file{i}.py", f"text {i}") for i in range(2000)]
-    one = data.split_documents(documents, {}, {"far": [("f", "far away"), ("copy", "text 3")]})
-    two = data.split_documents(documents + [(f"new/{i}.py", f"new {i}") for i in range(50)], {}, {})
+    one = data.split_documents(documents, {"far": [("f", "far away"), ("copy", "text 3")]})
+    two = data.split_documents(documents + [(f"new/{i}.py", f"new {i}") for i in range(50)], {})
     assert set(one["val"]) <= set(two["val"]) and set(one["train"]) <= set(two["train"])
     assert 0.03 < len(one["val"]) / 2000 < 0.07
     assert one["ood_far"] == [("f", "far away")]              # a copy of an in-domain document tests nothing
@@ -1138,10 +1138,6 @@ def test_dry_run_prints_every_run_and_does_nothing(scale, tmp_path, monkeypatch,
     for run in plan:                                          # each follows what it needs
         assert {run.teacher, run.alone} <= done
         done.add(run)
-    if scale == "paper":                                      # ... | head -1
-        command = f"{sys.executable} {HERE}/sweep.py --scale paper --dry_run | head -1"
-        shown = subprocess.run(command, shell=True, capture_output=True, text=True)
-        assert shown.stdout.count("\n") == 1 and shown.stderr == ""
 
 
 # ---- exercises/ --------------------------------------------------------------
@@ -1272,13 +1268,11 @@ BAD = [
     (data.main, "--corpus text --train absent.txt --out new", "absent.txt is not a file"),
     (data.main, "--corpus text --train /dev/stdin --out new", "/dev/stdin is not a file"),
     (data.main, "--corpus text --train bytes.txt --out new", "not UTF-8"),
-    (data.main, "--corpus text --train short.txt --out new", "the set val is empty: it needs more text"),
+    (data.main, "--corpus text --train short.txt --out new", "the set val is empty: it needs text"),
     (data.main, f"{TEXT} --ood same=other.txt", "the set ood_same is empty"),
-    (data.main, f"{TEXT} --ood poem.txt", "takes NAME=FILE"),
-    (data.main, f"{TEXT} --ood wiki-news=other.txt", "a NAME of letters, digits and _"),
-    (data.main, f"{TEXT} --ood a=other.txt --ood a=short.txt", "each NAME once"),
+    (data.main, f"{TEXT} --ood poem.txt", "'poem.txt' is not NAME=FILE"),
+    (data.main, f"{TEXT} --ood a=other.txt --ood a=short.txt", "take each NAME once"),
     (data.main, "--corpus text --train other.txt --out data", "a different corpus"),
-    (data.main, "--ood cpp=other.txt --out new", "sets named sympy, numpy, networkx, cpp, prose already"),
     (data.main, "--vocab_size many --out new", "'many' is not a whole number"),
     *[(data.main, f"{TEXT} --task a={name}.jsonl", "line 1 is not an item in UTF-8")
       for name in ("no_label", "large", "fraction", "text", "empty", "ansi")],
@@ -1314,7 +1308,7 @@ BAD = [
     (sweep.main, "--alphas 0,1 --data data --out new", "--alphas must be above 0"),
     (sweep.main, "--data other --out new", "no out-of-distribution set"),
     (sweep.main, "--data brief --out new", "evaluation needs two windows of 128"),
-    (sweep.main, "--scale fineweb --out new", "python data.py --corpus fineweb-edu --out data/fineweb-edu"),
+    (sweep.main, "--scale fineweb --out new", "is not a corpus folder: make it with data.py"),
     (sweep.main, "--data data --out results --scale smoke", "a different corpus"),
     (sweep.main, "--report absent", "no results.jsonl"),
 ]
