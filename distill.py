@@ -153,6 +153,9 @@ def train(config, show_progress=True):
         raise UserError(f"--batch_size {config.batch_size} is not divisible by {world} ranks")
     meta = load_meta(config.data)
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    if shape.counts and shape.vocab_size > TABLE_VOCAB:
+        raise UserError(f"--size {config.size} needs a vocabulary of at most {TABLE_VOCAB:,}, not "
+                        f"{shape.vocab_size:,}")
     batches = Batches(f"{config.data}/train.bin", config.batch_size, config.block_size, config.seed)
     teacher, teacher_id = load_teacher(config, meta, device) if config.teacher else (None, None)
 
@@ -172,9 +175,14 @@ def train(config, show_progress=True):
         if rank == 0:
             state_path.unlink(missing_ok=True)
         return paths
+    if rank == 0:
+        for path in paths:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
     if shape.counts:                                         # a table counts in place of training
         if rank == 0:
-            save_counts(shape, batches.tokens[:config.tokens], paths[0], settings)
+            table = Table(shape)
+            table.count(batches.tokens[:config.tokens].astype("int64"))
+            save_checkpoint(paths[0], table, alpha=0.0, settings=settings)
         return paths
 
     if device.type == "cuda":
@@ -190,9 +198,6 @@ def train(config, show_progress=True):
             student.model.load_state_dict(model)
             student.optimizer.load_state_dict(optimizer)
             student.scaler.load_state_dict(scaler)
-    if rank == 0:
-        for path in paths:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
     log = open(out / "log.jsonl" if rank == 0 else os.devnull, "a" if first_step else "w")
 
     maybe_compile = compiler(device) if config.compile else lambda function: function
@@ -353,17 +358,6 @@ class ForeignTeacher(torch.nn.Module):
         logits = self.model(idx).logits[..., :self.vocab_size]
         lowest = max(-1e9, torch.finfo(logits.dtype).min)
         return F.pad(logits, (0, self.vocab_size - logits.size(-1)), value=lowest)
-
-
-def save_counts(shape, tokens, path, settings):
-    """Count tokens (N,) and save the table."""
-    if shape.vocab_size > TABLE_VOCAB:
-        raise UserError(f"--size {settings['size']} needs a vocabulary of at most {TABLE_VOCAB:,}, not "
-                        f"{shape.vocab_size:,}")
-    table = Table(shape)
-    table.count(tokens.astype("int64"))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    save_checkpoint(path, table, alpha=0.0, settings=settings)
 
 
 # ------------------------------------------------------------------------------

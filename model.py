@@ -303,8 +303,6 @@ def to_hf(path, folder, data_dir):
     AutoModelForCausalLM and AutoTokenizer load (4.46 to 5.x).
     """
     from data import END_OF_TEXT, UserError, load_meta, load_tokenizer
-    if os.path.isfile(folder):
-        raise UserError(f"{folder} is a file, not a folder")
     meta, encoding = load_meta(data_dir), load_tokenizer(data_dir)
     model, _ = load_checkpoint(path, tokenizer=meta["tokenizer"])
     if model.config.counts:

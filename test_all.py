@@ -1299,7 +1299,6 @@ BAD = [
     (evaluation.main, "absent.pt --data data", "no checkpoint at absent.pt"),
     (evaluation.main, "foreign/ckpt.pt --data data", "a different tokenizer"),
     (evaluation.main, "run/ckpt.pt --data absent", "absent is not a corpus folder"),
-    (model.main, "--to_hf run/ckpt.pt short.txt --data data", "is a file"),
     (model.main, "--to_hf run/ckpt.pt new --data other", "a different tokenizer"),
     (sweep.main, "--student s1.5M --data data --out new", "is not a model, such as s@1.5M"),
     (sweep.main, "--teachers xs@1M,s --data data --out new", "'s' is not a model"),
