@@ -320,7 +320,7 @@ def study(rows, student):
         size, tokens = parse_model(name)
         costs = forward[name], forward[name] + flops[name]
         teachers.append(SimpleNamespace(
-            name=name, size=size, tokens=tokens, alpha=best[PLAIN][1],
+            name=name, size=size, tokens=tokens, table="counts" in SIZES[size], alpha=best[PLAIN][1],
             worse=-gain(name, IN).mean(),                    # than the student alone, in domain
             at={alpha: gain((name, alpha), OUT) for alpha in alphas},
             inside=gain(best[PLAIN], IN), outside={kind: gain(best[kind], kind + OUT) for kind in KINDS},
@@ -329,11 +329,11 @@ def study(rows, student):
                     for kind in KINDS},
             # the gain of more text instead, for the teacher's forward passes; for its training too
             as_text=[gain("twice", OUT) * math.log2(min(1 + cost / flops[student], 2)) for cost in costs],
-            points=-100 * gain(best[PLAIN], "accuracy/")))   # of accuracy in the tasks
+            accuracy=-100 * gain(best[PLAIN], "accuracy/")))             # points gained in the tasks
     teachers.sort(key=lambda t: -t.worse)
-    tables = [t for t in teachers if "counts" in SIZES[t.size]]
-    weak = [t for t in teachers if t.worse > 0 and t not in tables]
-    strong = [t for t in teachers if t.worse <= 0 and t not in tables]
+    tables = [t for t in teachers if t.table]
+    weak = [t for t in teachers if not t.table and t.worse > 0]
+    strong = [t for t in teachers if not t.table and t.worse <= 0]
     groups = ("weak ones", weak), ("strong ones", strong), ("tables", tables)
     return SimpleNamespace(
         student=student, seeds=list(complete), alphas=alphas, rate=rate, teachers=teachers,
@@ -445,9 +445,9 @@ As text: the gain outside if the teacher's compute bought the student alone more
     for t in s.teachers:
         gains = t.inside, t.outside[PLAIN], t.outside[CALIBRATED], *t.as_text
         text += f"| {t.name} | {t.worse:+.3f} | {t.alpha:g} | {' | '.join(map(show, gains))} |\n"
-    if any(t.points.any() for t in s.teachers):
-        points = (f"{name} {show(mean(t.points for t in group), 1)}" for name, group in s.groups)
-        text += f"\nPoints of accuracy in the task: {', '.join(points)}.\n"
+    if any(t.accuracy.any() for t in s.teachers):
+        gains = (f"{name} {show(mean(t.accuracy for t in group), 1)}" for name, group in s.groups)
+        text += f"\nPoints of accuracy in the task: {', '.join(gains)}.\n"
     return text
 
 
@@ -482,7 +482,7 @@ def draw(s, file):
     second.set_xlabel("the teacher predicts better than the student by, nats")
     second.margins(x=0.15)
     third.set_xticks(range(len(s.groups)), [f"from {name}" for name, _ in s.groups])
-    controls = [t for t in s.teachers if t not in s.strong]
+    controls = [t for t in s.teachers if t.table or t.worse > 0]
     fourth.set_xticks(range(len(controls)), [t.name for t in controls])
     for kind, shift, style in (
             (PLAIN, 0, dict(label="as it is", color="black", marker="o", ls="none")),
