@@ -7,9 +7,9 @@ Text -> a byte-pair vocabulary -> tokens on disk -> batches; and the items of do
 
 The `python` corpus is the Python that is on your machine. In domain: the sources of the standard library and
 of torch. Out of distribution, for evaluation only: sympy, numpy and networkx (same language, other authors),
-the C++ headers that come with torch, and English prose (Python's language reference). It depends only
-on the versions of Python, torch, numpy, sympy and networkx, which meta.json names. `text` does the same for
-your own files; fineweb-edu comes with GPT-2's vocabulary.
+the C++ headers that come with torch, and English prose (Python's language reference). It depends on the
+versions of Python, torch, numpy, sympy and networkx, which meta.json names, and a little on how Python was
+installed. `text` takes your own files instead; fineweb-edu comes with GPT-2's vocabulary.
 
 Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16 or uint32, each document closed by
 <|endoftext|>), vocab.tiktoken, task_NAME.jsonl (one item a line), and meta.json, written last: a folder
@@ -288,6 +288,10 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     arguments is left as it is; another is an error.
     """
     ood, tasks = ood or {}, tasks or {}
+    if corpus == "fineweb-edu":
+        vocab_size = "gpt2"
+    else:
+        tokens = None
     files = (*train, *ood.values(), *tasks.values())
     for path in files:
         if not os.path.isfile(path):
@@ -313,8 +317,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     if corpus == "python":
         of_python = [sets[name] for name in ("val", "ood_sympy", "ood_numpy", "ood_networkx")]
         tasks = {"brackets": bracket_items(of_python)} | tasks
-    if corpus == "fineweb-edu":                              # code is out of distribution
-        vocab_size = "gpt2"
+    if corpus == "fineweb-edu":                              # Python is out of distribution: its val set
         names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
         arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
         arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
@@ -332,23 +335,22 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         vocab_size = encoding.n_vocab
     arrays |= {name: encode(documents, encoding) for name, documents in sets.items()}
 
-    # the files; meta.json comes last, and what an unfinished call has left goes first
+    # the files; meta.json comes last, and only what it names counts
     out.mkdir(parents=True, exist_ok=True)
-    for path in (*out.glob("*.bin"), *out.glob("task_*.jsonl")):
-        path.unlink()
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
                     for token, rank in encoding._mergeable_ranks.items())
     (out / "vocab.tiktoken").write_text(vocab)
+    task_meta = {}
     for name, items in tasks.items():
         text = "".join(json.dumps(item) + "\n" for item in items)
         (out / f"task_{name}.jsonl").write_text(text)
-        tasks[name] = {"items": len(items), "sha256": sha(text)}
+        task_meta[name] = {"items": len(items), "sha256": sha(text)}
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     packages = "torch", "numpy", "sympy", "networkx"
     meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
             "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
             "sets": {name: write_ids(out / f"{name}.bin", arrays[name], encoding, dtype) for name in arrays},
-            "tasks": tasks,
+            "tasks": task_meta,
             "versions": {"python": platform.python_version(),
                          **{name: importlib.metadata.version(name) for name in packages}}}
     meta["fingerprint"] = fingerprint(meta)
@@ -379,7 +381,7 @@ def write_ids(path, arrays, encoding, dtype):
 
 
 def fingerprint(meta):
-    """Of text, tokenizer and tasks together: equal where results can be compared."""
+    """A hash of text, tokenizer and tasks: equal where results can be compared."""
     names = "tokenizer", "ids", "vocab_size", "dtype", "sets", "tasks"
     return sha(json.dumps([meta.get(name) for name in names]))
 
@@ -486,7 +488,7 @@ def name_and_file(text):
     """'news=news.txt' -> ('news', 'news.txt')."""
     name, _, path = text.partition("=")
     if not name.isidentifier() or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, a NAME of letters, digits and _")
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, with a NAME such as my_text")
     return name, path
 
 
@@ -501,10 +503,10 @@ def main():
                         "whole shards of 100 million; K, M, B are 10^3, 10^6, 10^9 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
     parser.add_argument("--train", nargs="+", action="extend", default=[], metavar="FILE",
-                        help=f"text: UTF-8 files to train on, {VAL_PERCENT} %% of which is held out")
+                        help=f"text: UTF-8 files to train on, of which {VAL_PERCENT} %% is held out")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE",
                         type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each; "
-                        "NAME: letters, digits, _; it replaces a set of the corpus of that name")
+                        "one of a NAME that the corpus has replaces it")
     parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="NAME=FILE",
                         type=name_and_file, help='your own downstream tasks: JSON lines with "context", '
                         '"choices", "label", or HellaSwag\'s own file')

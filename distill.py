@@ -3,7 +3,7 @@ The loss and the training loop. With alpha = 0 this is plain pretraining, which 
 alpha above 0 a student learns from --teacher as well. eval.py measures the losses on held-out text.
 
     python data.py                                                     # once: text -> data/python
-    python distill.py --size xs --tokens 2M --seed 1001 --out out/xs   # a (weak) teacher, of another seed
+    python distill.py --size xs --tokens 2M --seed 1001 --out out/xs   # a (weak) teacher, with another seed
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0,0.25,1 --out out/taught
     torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...     # 8 GPUs share a batch
 
@@ -48,7 +48,7 @@ class Config:
     size: str = "s"               # shape of the model, a name in model.SIZES
     tokens: int = 1_500_000       # training tokens, rounded down to whole steps; 1.5M is 1,500,000
     seed: int = 1                 # of the initial weights and of the order of the data
-    teacher: str = ""             # a ckpt.pt, or a folder or name of Hugging Face's; none: plain pretraining
+    teacher: str = ""             # a ckpt.pt, or a Hugging Face folder or name; empty: plain pretraining
     alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once
     temperature: float = 1.0      # of both distributions in the distillation term
     top_k: int = 0                # keep the teacher's k likeliest tokens (1: hard labels); 0: all of them
@@ -59,11 +59,9 @@ class Config:
     min_lr: float = 0.1           # final learning rate, as a fraction of the peak
     warmup: float = 0.4           # fraction of the steps in which the rate rises; a cosine follows
     weight_decay: float = 0.1     # of matrices only
-    beta1: float = 0.9            # AdamW's first-moment decay
-    beta2: float = 0.95           # AdamW's second-moment decay
     grad_clip: float = 1.0        # clip the gradient's norm to this; 0: off
     device: str = "auto"          # cpu, cuda, cuda:1, mps ...; auto: cuda where there is one, else cpu
-    dtype: str = "auto"           # of autocast: float32, bfloat16, float16; auto: float32, on CUDA bfloat16
+    dtype: str = "auto"           # of autocast: float32, bfloat16 or float16; auto: on CUDA a low precision
     fused: bool = True            # the fused loss; false: distill_loss_reference, the one to edit
     compile: bool = True          # torch.compile; false: eager mode, which needs no C++ compiler
     log_every: int = 50           # steps between lines of log.jsonl
@@ -136,7 +134,7 @@ class Student:
         self.optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay},
              {"params": vectors, "weight_decay": 0.0}],
-            betas=(config.beta1, config.beta2), fused=device.type in ("cpu", "cuda"))
+            betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
@@ -159,10 +157,10 @@ def train(config, show_progress=True):
     batches = Batches(f"{config.data}/train.bin", config.batch_size, config.block_size, config.seed)
     teacher, teacher_id = load_teacher(config, meta, device) if config.teacher else (None, None)
 
-    # settings: all that determines the result. A folder that holds a run with other ones is refused
+    # settings: all that determines the result, up to rounding. A folder of a run with other ones is refused
     settings = {**asdict(config), "dtype": str(dtype), "teacher": teacher_id,
                 "corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"]}
-    for name in ("data", "out", "device", "fused", "compile", "log_every", "save_every"):
+    for name in ("data", "out", "device", "compile", "log_every", "save_every"):
         del settings[name]
     out, state_path = Path(config.out), Path(config.out, "state.pt")
     for path in (*out.glob("state.pt"), *out.glob("ckpt.pt"), *out.glob("alpha_*/ckpt.pt")):
@@ -172,12 +170,10 @@ def train(config, show_progress=True):
     if len(paths) == 1:
         paths = [str(out / "ckpt.pt")]
     if all(map(os.path.exists, paths)):                      # finished, perhaps killed at the very end
-        if rank == 0:
-            state_path.unlink(missing_ok=True)
+        state_path.unlink(missing_ok=True)
         return paths
-    if rank == 0:
-        for path in paths:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+    for path in paths:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
     if shape.counts:                                         # a table counts in place of training
         if rank == 0:
             table = Table(shape)
@@ -205,7 +201,7 @@ def train(config, show_progress=True):
     loss_fn = distill_loss_reference
     if config.fused:
         loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
-    flops_a_token = len(students) * flops_per_token(shape, backward=True)
+    flops_a_token = len(students) * 3 * flops_per_token(shape)               # forward and backward
     if teacher:
         teacher_forward = maybe_compile(teacher.forward)
         flops_a_token += 2 * sum(p.numel() for p in teacher.parameters())    # about: without attention
@@ -219,7 +215,7 @@ def train(config, show_progress=True):
     # each student's optimizer step. The rest is for several GPUs, float16, NaN and the log.
     for step in range(first_step, config.steps):
         losses = torch.zeros(len(students), 2, device=device)                # ce and kl, means over the step
-        micro_weight = 1 / config.accumulate / world         # so that sums over batches and ranks are means
+        micro_weight = 1 / config.accumulate / world         # so that sums over batches, ranks are means
         for micro in range(config.accumulate):
             x, y = (part[rank::world] for part in batches[step * config.accumulate + micro])   # (B, T) each
             if device.type == "cuda":                        # from pinned memory the copy does not wait
@@ -228,14 +224,14 @@ def train(config, show_progress=True):
             if teacher:                                      # one teacher forward serves every student
                 with torch.no_grad(), autocast(device, dtype):
                     teacher_logits = teacher_forward(x)      # (B, T, V)
-            for i, student in enumerate(students):           # one student per alpha, on the same batch
+            for student, forward, sums in zip(students, student_forwards, losses):       # on the same batch
                 with autocast(device, dtype):
-                    hidden = student_forwards[i](x)          # (B, T, C)
+                    hidden = forward(x)                      # (B, T, C)
                     loss, ce, kl = loss_fn(hidden, student.model.lm_head.weight, y, student.alpha,
                                            teacher_logits if student.alpha else None,
                                            config.temperature, config.top_k)
                 student.scaler.scale(loss * micro_weight).backward()
-                losses[i] += micro_weight * torch.stack([ce, kl])
+                sums += micro_weight * torch.stack([ce, kl])
         lr = learning_rate(config, step)
         for student in students:
             if world > 1:                                    # sum the gradients over ranks
@@ -256,7 +252,7 @@ def train(config, show_progress=True):
         now = time.perf_counter()
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and now - saved_at > config.save_every
-        if logging or saving:                                # a scale below 1: 17 steps or more skipped
+        if logging or saving:                                # the scale starts at 2^16: below 1, 17 skips
             if not all_finite or any(student.scaler.get_scale() < 1 for student in students):
                 raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning "
                                 f"rate {lr:.3g}): lower --lr and choose another --out, or check the data")
@@ -269,8 +265,7 @@ def train(config, show_progress=True):
             mfu = tokens_per_s * flops_a_token / world / H100_FLOPS
             print(json.dumps({"step": step, "lr": lr, "alpha": config.alpha, "ce": ce, "kl": kl,
                               "tokens_per_s": round(tokens_per_s), "mfu": mfu}), file=log, flush=True)
-            shown = f", {mfu:.1%} of an H100" if device.type == "cuda" else ""
-            bar.set_postfix_str(f"ce {ce[-1]:.3f}{shown}", refresh=False)
+            bar.set_postfix_str(f"ce {ce[-1]:.3f}", refresh=False)
         if saving:
             states = [(s.model.state_dict(), s.optimizer.state_dict(), s.scaler.state_dict())
                       for s in students]
@@ -288,7 +283,7 @@ def train(config, show_progress=True):
     return paths
 
 
-# ---- what a run is made of ---------------------------------------------------
+# ---- checks, and the teacher -------------------------------------------------
 
 def check(config):
     """Refuse settings that do not make sense."""
@@ -300,7 +295,7 @@ def check(config):
     require(config.dtype in dtypes, f"--dtype must be one of {' '.join(dtypes)}, not {config.dtype}")
     for names, low, high in (("tokens batch_size block_size accumulate log_every", 1, math.inf),
                              ("seed top_k lr weight_decay grad_clip save_every", 0, math.inf),
-                             ("temperature", 0.001, math.inf), ("min_lr warmup beta1 beta2", 0, 1)):
+                             ("temperature", 0.001, math.inf), ("min_lr warmup", 0, 1)):
         for name in names.split():
             value = getattr(config, name)
             require(low <= value <= high, f"--{name} must be from {low} to {high}, not {value}")
@@ -361,7 +356,7 @@ class ForeignTeacher(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------
-# Only speed from here on: the same results, up to rounding, in less time and memory.
+# Only speed, up to the command line: the same results, up to rounding, in less time and memory.
 #
 # The fused loss, its gradient by hand. For one token let p = softmax(z), r = softmax(z/tau), q the constant
 # softmax(t/tau), and e the one-hot label. The only fact needed: the gradient of log sum exp(z) is softmax(z).
@@ -388,7 +383,7 @@ def chunk_loss(z, t, y, alpha, temperature):
         log_r = log_p if temperature == 1 else (z / temperature).log_softmax(-1)
         kl = (log_q.exp() * (log_q - log_r)).sum()
         dz = (1 - alpha) * dz + alpha * temperature * (log_r.exp() - log_q.exp())
-    label = y[:, None] == torch.arange(z.size(-1), device=z.device)          # (N, V); a scatter does not fuse
+    label = y[:, None] == torch.arange(z.size(-1), device=z.device)          # one-hot; scatter does not fuse
     return ce, kl, (dz - (1 - alpha) * label).to(dtype)
 
 
@@ -406,7 +401,7 @@ class FusedLoss(torch.autograd.Function):
         chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
         rows = math.ceil(N / math.ceil(chunks))              # of about equal length, for fewer recompiles
         alpha_tensor = torch.full((), alpha, device=device)  # a float would be recompiled for each value
-        z_buffer = h.new_empty(rows, V)                      # for all chunks: fresh ones are a fifth slower
+        z_buffer = h.new_empty(rows, V)                      # for all chunks: allocating each is 20 % slower
         dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
         with torch.autocast(device.type, enabled=False):
             for start in range(0, N, rows):
@@ -438,7 +433,7 @@ def distill_loss(hidden, weight, targets, alpha, teacher_logits=None, temperatur
 @functools.cache
 def compiler(device):
     """-> torch.compile, or where it does not work, with one warning, the identity."""
-    torch._dynamo.config.cache_size_limit = 64               # a run has one shape, a process many runs
+    torch._dynamo.config.cache_size_limit = 64               # of 8: a worker trains many models
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
         return functools.partial(torch.compile, dynamic=False)
@@ -455,17 +450,10 @@ def list_of_numbers(text):
     return tuple(float(part) for part in text.split(","))
 
 
-def true_or_false(text):
-    """'true' -> True, 'false' -> False."""
-    if text not in ("true", "false"):
-        raise ValueError
-    return text == "true"
-
-
 def parse_config(argv=None):
     """Command line -> Config."""
     parser = make_parser(f"{__doc__}\nFlags, with their defaults:\n\n{inspect.getsource(Config)}")
-    kinds = {int: whole_number, float: float, str: str, bool: true_or_false, tuple: list_of_numbers}
+    kinds = {int: whole_number, float: float, str: str, bool: json.loads, tuple: list_of_numbers}
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=kinds[f.type], default=f.default, help=argparse.SUPPRESS)
     return Config(**vars(parser.parse_args(argv)))

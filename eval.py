@@ -7,7 +7,7 @@ What does a study show? The second half turns a sweep's results.jsonl into four 
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --teacher out/xs/ckpt.pt out/alone_2/ckpt.pt
                                                                          # on which tokens the student gains
 
-Models of one block_size see the same windows and items. Both are split in half, earlier and later held-out
+Windows (the same for all models of one block_size) and items are split in half, earlier and later held-out
 documents: choose on `select`, quote from `report`. Loss is in nats per token; perplexity is its exponential.
 Each loss is given twice, as it is and calibrated: with the logits divided by a temperature, fitted for each
 model and each set on the select half. That removes gains from smoothing alone.
@@ -92,7 +92,8 @@ TEMPERATURES = (0.8, 0.87, 1.0, 1.2, 1.4)
 def best_temperature(losses):
     """
     Losses at TEMPERATURES -> the temperature with the least, and that loss. As a function of 1 / temperature
-    the loss is smooth and convex: the polynomial through the five points stands for it.
+    the loss is smooth and convex: the polynomial through the five points stands for it. A best temperature
+    outside their range is cut to it.
     """
     temperatures = np.arange(0.8, 1.4, 0.001)
     polynomial = np.polynomial.Polynomial.fit(1 / np.array(TEMPERATURES), losses, 4)
@@ -141,8 +142,8 @@ def evaluate(model, data_dir, windows=256, items=500):
         metrics[f"temperature/{name}"] = {"select": temperature, "report": temperature}
     encoding = load_tokenizer(data_dir)
     for name in load_meta(data_dir)["tasks"]:
-        made = read_items(f"{data_dir}/task_{name}.jsonl")
-        for half, part in (("select", made[:len(made) // 2]), ("report", made[len(made) // 2:])):
+        found = read_items(f"{data_dir}/task_{name}.jsonl")
+        for half, part in (("select", found[:len(found) // 2]), ("report", found[len(found) // 2:])):
             scores = [score_item(model, encoding, item) for item in evenly_spaced(part, items)]
             probability, accuracy = np.mean(scores, axis=0)
             metrics.setdefault(f"task/{name}", {})[half] = probability
@@ -156,16 +157,15 @@ def token_gains(base, student, teacher, other, data_dir, windows=256):
     Where does the student gain over the base, on the report halves? -> {"in_domain": x, "outside": x}, x =
     {group: (share, gain in nats per token)}; shares times gains add up to the gain over all tokens, those of
     the ood sets taken together. Groups are by who predicts the token right (argmax): the teacher, and a
-    student alone of another seed. Base itself would call tokens hard on which it was merely unlucky, and any
-    other model gains on those.
+    student alone of another seed. (Base itself will not do: some of its errors are bad luck, and any other
+    model gains there.)
     """
     gains, found = {}, {}
     for name, path in evaluation_sets(data_dir).items():
         rows = read_windows(path, base.config.block_size, windows)["report"]
-        (b, _), (s, _), (_, t_right), (_, o_right) = (
-            token_scores(model, rows) for model in (base, student, teacher, other))
+        losses, right = zip(*(token_scores(model, rows) for model in (base, student, teacher, other)))
         where = "in_domain" if name == "in_domain" else "outside"
-        gains.setdefault(where, []).append((b - s, t_right, o_right))
+        gains.setdefault(where, []).append((losses[0] - losses[1], right[2], right[3]))
     for where, sets in gains.items():
         gain, t, o = (torch.cat(parts) for parts in zip(*sets))
         groups = {"all tokens": torch.ones_like(t), "both right": t & o, "only the teacher": t & ~o,
@@ -209,8 +209,8 @@ def print_table(models, data_dir, windows):
 #  "seconds": 39.8, "metrics": what evaluate() returns}
 
 KEYS = ("model", "seed", "teacher", "teacher_seed", "alpha")                 # which model a row is of
-IN, OUT = "in_domain", "ood/"            # names of metrics begin so; "outside" is the mean of the ood sets
-PLAIN, CALIBRATED = KINDS = "", "calibrated/"                                # and before that with this
+IN, OUT = "in_domain", "ood/"            # prefixes of metrics; "outside" is the mean of the ood sets
+KINDS = PLAIN, CALIBRATED = "", "calibrated/"                                # prefixes before those
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -267,16 +267,16 @@ def interval(x):
 
 def show(x, digits=3):
     """One value a seed -> '+0.012 ± 0.003', the mean alone for a single seed."""
-    mean, margin = interval(x)
-    return f"{mean:+.{digits}f}" + (f" ± {margin:.{digits}f}" if len(x) > 1 else "")
+    center, margin = interval(x)
+    return f"{center:+.{digits}f}" + (f" ± {margin:.{digits}f}" if len(x) > 1 else "")
 
 
 def judge(x):
     """The verdict on a claim that holds where x, one value a seed, is above 0."""
-    mean, margin = interval(x)
+    center, margin = interval(x)
     if len(x) < 3:
         return "too few seeds"
-    return "reproduced" if mean > margin else "not reproduced" if mean < -margin else "undecided"
+    return "reproduced" if center > margin else "not reproduced" if center < -margin else "undecided"
 
 
 def mean(values):
@@ -316,7 +316,7 @@ def study(rows, student):
     teachers = []
     for name in names:
         best = {kind: (name, max(alphas, key=lambda a: gain((name, a), kind + OUT, "select").mean()))
-                for kind in KINDS}                           # (teacher, alpha)
+                for kind in KINDS}                           # (teacher, its best alpha)
         size, tokens = parse_model(name)
         costs = forward[name], forward[name] + flops[name]
         teachers.append(SimpleNamespace(
@@ -327,7 +327,8 @@ def study(rows, student):
             # how much more outside than text that gains as much in domain
             beyond={kind: gain(best[kind], kind + OUT) - rate[kind] * gain(best[kind], kind + IN)
                     for kind in KINDS},
-            # the gain of more text instead, for the teacher's forward passes; for its training too
+            # the gain of more text instead, for the teacher's forward passes; for its training too. A
+            # doubling gains `twice`; less, in proportion to the logarithm
             as_text=[gain("twice", OUT) * math.log2(min(1 + cost / flops[student], 2)) for cost in costs],
             accuracy=-100 * gain(best[PLAIN], "accuracy/")))             # points gained in the tasks
     teachers.sort(key=lambda t: -t.worse)
@@ -339,7 +340,7 @@ def study(rows, student):
         student=student, seeds=list(complete), alphas=alphas, rate=rate, teachers=teachers,
         weak=weak, strong=strong, tables=tables, groups=[group for group in groups if group[1]],
         alone=[mean(metric(models["alone"], x) for models in complete.values()) for x in (IN, OUT)],
-        own_teachers=len({teacher_seed[seed] for seed in complete}) == len(complete))
+        own_teachers=len({teacher_seed[seed] for seed in complete}) == len(complete) > 1)
 
 
 # ---- the four rules: study -> verdict, what was seen -------------------------
@@ -364,7 +365,7 @@ def stronger_teacher_saturates(s):
     """Along size at the largest budget, the gain outside grows less on the last step than on the first."""
     path = by_size(s)
     if len(path) < 3:
-        return "not tested", "It takes three networks of one budget."
+        return "not tested", "This needs three networks of one budget."
     steps = [b.outside[PLAIN] - a.outside[PLAIN] for a, b in zip(path, path[1:])]
     less, (last, margin) = steps[0] - steps[-1], interval(steps[-1])
     verdict = judge(less)
@@ -375,7 +376,7 @@ def stronger_teacher_saturates(s):
 
 
 def generalisation_first(s):
-    """Weak teachers gain more outside than text that gains as much in domain."""
+    """Students of weak teachers gain more outside than from text that gains as much in domain."""
     if not s.weak:
         return "not tested", "No network is weaker than the student."
     seen = (f"{name} {show(mean(t.beyond[PLAIN] for t in group))} (calibrated "
@@ -388,7 +389,7 @@ def generalisation_first(s):
 def more_than_smoothing(s):
     """Calibrated, weak networks' mean gain outside lies above 0, and above that of the best table."""
     if not s.weak or not s.tables:
-        return "not tested", "It takes a weak network and a table that counts."
+        return "not tested", "This needs a weak network and a table."
     gain = mean(t.outside[CALIBRATED] for t in s.weak)
     table = max((t.outside[CALIBRATED] for t in s.tables), key=np.mean)      # chosen in favour of the tables
     worst_first = ["too few seeds", "not reproduced", "undecided", "reproduced"]

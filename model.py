@@ -2,11 +2,12 @@
 A Llama-style GPT, its checkpoints, and their export to transformers. Teacher and student are one class; Table
 is the weakest of teachers, a unigram or bigram model, which only counts.
 
-    python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and what reads its folders
+    python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and tools that read its format
 
 The architecture of "Strong Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), which
-takes Llama 3's (2407.21783): RMSNorm before each half of a layer (1910.07467), rotary positions (2104.09864),
-grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases, a head tied to the embedding or not.
+adopts Llama 3's (2407.21783): RMSNorm before each half of a layer (1910.07467), rotary positions
+(2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases, a head tied to the
+embedding or not.
 """
 import json
 import math
@@ -170,7 +171,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), sampled, of the top_k likeliest; temperature 0: greedy."""
+        """idx (B, T) -> (B, T + max_new_tokens), sampled from the top_k likeliest; 0: greedy."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[:, -1] / max(temperature, 1e-5)  # (B, V)
             if top_k is not None:
@@ -210,18 +211,17 @@ class Table(nn.Module):
     generate = GPT.generate
 
 
-def flops_per_token(config, backward=False):
+def flops_per_token(config):
     """
-    FLOPs per token at full context: 2 for each weight of a matrix product and 4 T C a layer for attention,
-    the causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); three times that with the backward
-    pass; none for a table.
+    FLOPs of a forward pass per token at full context: 2 for each weight of a matrix product and 4 T C a layer
+    for attention, the causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); none for a table. With
+    the backward pass three times that.
     """
     if config.counts:
         return 0
     C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
     weights = config.n_layer * (2 * C * C + 2 * C * kv + 3 * C * config.n_inner) + config.vocab_size * C
-    forward = 2 * weights + 4 * config.n_layer * config.block_size * C
-    return 3 * forward if backward else forward
+    return 2 * weights + 4 * config.n_layer * config.block_size * C
 
 
 # ---- where it runs -----------------------------------------------------------
@@ -338,7 +338,7 @@ def to_hf(path, folder, data_dir):
 
 
 def main():
-    """Write a checkpoint as the folder of a Llama."""
+    """Export a checkpoint as a Hugging Face Llama."""
     from data import make_parser
     parser = make_parser(__doc__)
     parser.add_argument("--to_hf", nargs=2, metavar=("CKPT", "DIR"), required=True,

@@ -2,8 +2,8 @@
 Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a figure: the study of "Strong
 Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), at a scale of your choice.
 
-    python sweep.py                                    # --scale laptop: an hour or more of two slow cores
-    python sweep.py --scale smoke                      # the same path in a minute: too small to find anything
+    python sweep.py                                    # --scale laptop: an hour or more on two slow cores
+    python sweep.py --scale smoke                      # the same path in a minute, too small for findings
     python sweep.py --student xs@1.5M --teachers xs@1M,m@8M --alphas 0.25,1 --seeds 1,2,3 --out out/mine
     python sweep.py --scale full --dry_run             # every run with its FLOPs; nothing is trained
     python sweep.py --report results/full              # table, verdicts, figure from a results.jsonl alone
@@ -98,7 +98,7 @@ class Run:
         return 3 * forward(self), forward(self.teacher) if self.teacher else 0
 
     def work(self, scale):
-        """FLOPs, and 400,000 a token for overhead: roughly in proportion to time on a CPU."""
+        """FLOPs, plus 400,000 per token for overhead: roughly in proportion to time on a CPU."""
         student, teacher = self.flops(scale)
         return len(self.alphas) * (student + 400_000 * parse_model(self.model)[1]) + teacher
 
@@ -122,7 +122,7 @@ def plan(scale):
             teacher = Run(model_name(*parse_model(model)), 1000 + seed % scale.teacher_sets)
             runs += [teacher, Run(alone.model, seed, scale.alphas, teacher, alone)]
         runs.append(twice)
-    return list(dict.fromkeys(runs))                         # several students share a teacher
+    return list(dict.fromkeys(runs))                         # without repeats: students share teachers
 
 
 def start_worker(threads):
@@ -174,7 +174,7 @@ def sweep(scale, data, out, jobs, device):
     # a teacher whose row is there, but not its checkpoint, is trained again
     lost = {run.teacher for run in missing if run.teacher and not os.path.exists(run.teacher.checkpoint(out))}
     todo = [run for run in runs if run in missing or run in lost]
-    done, running = {None, *runs} - set(todo), {}            # None: a run without a teacher needs none
+    done, running = {None, *runs} - set(todo), {}            # None, "no teacher", is always there
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")   # which complains after Ctrl-C
@@ -203,8 +203,8 @@ def sweep(scale, data, out, jobs, device):
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
                     lines = write_report([*rows.values()], out).splitlines()
                     bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
-            training = sum(run.work(scale) * run.fraction_done(scale, out) for run in running.values())
-            bar.update(bar.total - left + training - bar.n)
+            partial = sum(run.work(scale) * run.fraction_done(scale, out) for run in running.values())
+            bar.update(bar.total - left + partial - bar.n)
     except futures.process.BrokenProcessPool:
         raise UserError("a worker died (out of memory? try --jobs 1); rerun the same command to "
                         "resume") from None
