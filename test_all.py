@@ -1024,6 +1024,7 @@ BAD = [
     (data.main, "--corpus text --train short.txt --out new", "the set val is empty: it needs text"),
     (data.main, f"{TEXT} --ood same=other.txt", "the set ood_same is empty"),
     (data.main, f"{TEXT} --ood wiki-news=other.txt", "'wiki-news=other.txt' is not NAME=FILE"),
+    (data.main, f"{TEXT} --ood poem", "'poem' is not NAME=FILE"),
     (data.main, f"{TEXT} --ood a=other.txt --ood a=short.txt", "take each NAME once"),
     (data.main, "--corpus text --train other.txt --out data", "a different corpus"),
     (data.main, "--vocab_size many --out new", "'many' is not a whole number"),
