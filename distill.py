@@ -294,8 +294,9 @@ def check(config):
     dtypes = "auto", "float32", "bfloat16", "float16"
     require(config.dtype in dtypes, f"--dtype must be one of {' '.join(dtypes)}, not {config.dtype}")
     for names, low, high in (("tokens batch_size block_size accumulate log_every", 1, math.inf),
-                             ("seed top_k lr weight_decay grad_clip save_every", 0, math.inf),
-                             ("temperature", 0.001, math.inf), ("min_lr warmup", 0, 1)):
+                             ("top_k lr weight_decay grad_clip save_every", 0, math.inf),
+                             ("temperature", 0.001, math.inf), ("seed", 0, 2**63 - 1),
+                             ("min_lr warmup", 0, 1)):
         for name in names.split():
             value = getattr(config, name)
             require(low <= value <= high, f"--{name} must be from {low} to {high}, not {value}")
@@ -450,10 +451,15 @@ def list_of_numbers(text):
     return tuple(float(part) for part in text.split(","))
 
 
+def true_or_false(text):
+    """'true' -> True, 'false' -> False."""
+    return ("false", "true").index(text) == 1                # a ValueError for anything else
+
+
 def parse_config(argv=None):
     """Command line -> Config."""
     parser = make_parser(f"{__doc__}\nFlags, with their defaults:\n\n{inspect.getsource(Config)}")
-    kinds = {int: whole_number, float: float, str: str, bool: json.loads, tuple: list_of_numbers}
+    kinds = {int: whole_number, float: float, str: str, bool: true_or_false, tuple: list_of_numbers}
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=kinds[f.type], default=f.default, help=argparse.SUPPRESS)
     return Config(**vars(parser.parse_args(argv)))

@@ -1033,12 +1033,14 @@ BAD = [
     (distill.main, "--size xxl", "--size must be one of"),
     (distill.main, "--alpha 2 --teacher run/ckpt.pt", "--alpha must be from 0 to 1"),
     (distill.main, "--alpha 0.3333331,0.3333332 --teacher run/ckpt.pt", "lists a value twice"),
-    *[(distill.main, f"--{knob}", "must be ") for knob in ("warmup 9", "lr nan", "temperature 0")],
+    *[(distill.main, f"--{knob}", "must be ") for knob in (
+        "warmup 9", "lr nan", "temperature 0", "seed -1", f"seed {2**63}")],
     (distill.main, "--alpha 0.5", "needs a --teacher"),
     (distill.main, "--teacher run/ckpt.pt", "has no effect at alpha 0"),
     (distill.main, "--tokens 10", "less than a step"),
     (distill.main, "--device cuda:77", "is not available"),
     (distill.main, "--learning_rate 1", "unrecognized arguments"),
+    (distill.main, "--compile False", "invalid true_or_false value: 'False'"),
     *[(distill.main, f"--teacher {name}.pt --alpha 1", word) for name, word in (
         ("absent", "no checkpoint at absent.pt"), ("tensor", "is damaged or not a file of distill.py"),
         ("nanogpt", "not a distill.py checkpoint"), ("foreign/ckpt", "a different tokenizer"),
