@@ -163,9 +163,13 @@ def train(config, show_progress=True):
     for name in ("data", "out", "device", "compile", "log_every", "save_every"):
         del settings[name]
     out, state_path = Path(config.out), Path(config.out, "state.pt")
+    state = None                                             # of an unfinished run
     for path in (*out.glob("state.pt"), *out.glob("ckpt.pt"), *out.glob("alpha_*/ckpt.pt")):
-        if load_file(path).get("settings") != settings:
+        saved = load_file(path)
+        if saved.get("settings") != settings:
             raise UserError(f"{path} comes from a run with other settings: choose another --out")
+        if path == state_path:
+            state = saved
     paths = [str(out / f"alpha_{alpha:g}/ckpt.pt") for alpha in config.alpha]
     if len(paths) == 1:
         paths = [str(out / "ckpt.pt")]
@@ -187,8 +191,7 @@ def train(config, show_progress=True):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     students = [Student(shape, alpha, config, device, dtype) for alpha in config.alpha]
     first_step = 0
-    if state_path.exists():
-        state = load_file(state_path)
+    if state:
         first_step = state["step"]
         for student, (model, optimizer, scaler) in zip(students, state["students"]):
             student.model.load_state_dict(model)
