@@ -922,6 +922,7 @@ def test_a_killed_worker_ends_the_sweep_with_a_line(corpus, tmp_path):
     def kill_one():
         while not multiprocessing.active_children():
             time.sleep(0.01)
+        time.sleep(1)                                         # its parent has told it what to do
         multiprocessing.active_children()[0].kill()
     threading.Thread(target=kill_one, daemon=True).start()
     with pytest.raises(data.UserError, match="a worker died.*rerun the same command to resume"):
