@@ -1,9 +1,9 @@
 """
-Text -> a byte-pair vocabulary -> tokens on disk -> batches; and the items of downstream tasks.
+Text -> a byte-pair vocabulary -> tokens on disk -> batches; and the items of a downstream task.
 
     python data.py                                                        # --corpus python: downloads nothing
     python data.py --corpus text --train mine/*.txt --ood news=news.txt --out data/mine
-    python data.py --corpus fineweb-edu --tokens 1B --task hellaswag=hellaswag_val.jsonl   # downloads 2.2 GB
+    python data.py --corpus fineweb-edu --tokens 1B                       # downloads 2.2 GB
 
 The `python` corpus is the Python that is on your machine. In domain: the sources of the standard library and
 of torch. Out of distribution, for evaluation only: sympy, numpy and networkx (same language, other authors),
@@ -11,9 +11,9 @@ the C++ headers that come with torch, and English prose (Python's language refer
 versions of Python, torch, numpy, sympy and networkx, which meta.json names, and a little on how Python was
 installed. `text` takes your own files instead; fineweb-edu comes with GPT-2's vocabulary.
 
-Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16 or uint32, each document closed by
-<|endoftext|>), vocab.tiktoken, task_NAME.jsonl (one item a line), and meta.json, written last: a folder
-without it is unfinished and made anew.
+Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16, each document closed by
+<|endoftext|>), vocab.tiktoken, task_brackets.jsonl (`python` only; one item a line), and meta.json, written
+last: a folder without it is unfinished and made anew.
 Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. tiktoken encodes.
 """
 import argparse
@@ -29,6 +29,7 @@ import random
 import sys
 import sysconfig
 from collections import Counter, defaultdict
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -88,22 +89,20 @@ def python_documents():
     return in_domain, ood
 
 
+# 1,000 to 2,000 characters up to a blank line; or else up to the end of a line; or else 2,000 characters
+PIECE = regex.compile(r".{1000,2000}?\n\s*\n|.{1000,2000}\n|.{1,2000}", regex.DOTALL)
+
+
 def pieces(path):
-    """A text file as documents of a few thousand characters, cut at blank lines where there are any."""
+    """A UTF-8 text file as documents of up to about 2,000 characters: (hash, text)."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    for document in text.split(END_OF_TEXT):
-        piece = ""
-        for line in document.splitlines(keepends=True):
-            for i in range(0, len(line), 1000):              # a file may be one long line
-                piece += line[i:i + 1000]
-                if len(piece) >= 2000 or len(piece) >= 1000 and not line.strip():
-                    yield sha(piece), piece
-                    piece = ""
-        if piece.strip():
-            yield sha(piece), piece
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8 text ({e.reason} at byte {e.start:,})") from None
+    if "\0" in text:                                         # UTF-16 of English is valid UTF-8 with NULs
+        raise UserError(f"{path} is not UTF-8 text (it has NUL characters: is it UTF-16?)")
+    return [(sha(piece), piece) for document in text.split(END_OF_TEXT)
+            for piece in PIECE.findall(document) if piece.strip()]
 
 
 def fineweb_shard(name, out_dir):
@@ -148,11 +147,11 @@ def split_documents(in_domain, ood):
             size += len(text)
     for name, documents in sets.items():
         if not documents:                                    # ood_cpp: a torch without its headers
-            raise UserError(f"the set {name} is empty: it needs text, about 100 kB, that no other set has")
+            raise UserError(f"the set {name} is empty: it needs about 100 kB of text that no other set has")
     return sets
 
 
-# ---- downstream tasks: an item is {"context", "choices", "label"} ------------
+# ---- the task: an item is {"context", "choices", "label"} --------------------
 
 def evenly_spaced(items, most):
     """At most `most` of the items, evenly spaced."""
@@ -160,20 +159,17 @@ def evenly_spaced(items, most):
     return [items[k * len(items) // n] for k in range(n)]
 
 
-def bracket_items(sets, pairs=63):
+def bracket_items(sets, pairs=126):
     """
     The task `brackets`: a file of Python is cut before a ) or ], right after a letter or a digit, where the
-    tokenizer cuts as well. Which of the two comes next? At most `pairs` pairs of items, a ) and a ], from
-    either half of each of the sets of documents -> items, the first half of them from the first halves.
+    tokenizer cuts as well. Which of the two comes next? -> items, of each of the sets of documents at most
+    `pairs` that continue with a ), and then as many with a ].
     """
-    halves = [], []
+    items = []
     for documents in sets:
-        middle = len(documents) // 2
-        found = [list(bracket_pairs(half)) for half in (documents[:middle], documents[middle:])]
-        for items, half in zip(halves, found):
-            for kind in zip(*evenly_spaced(half, min(pairs, *map(len, found)))):       # all ), then all ]
-                items += kind
-    return halves[0] + halves[1]
+        for kind in zip(*evenly_spaced(list(bracket_pairs(documents)), pairs)):
+            items += kind
+    return items
 
 
 def bracket_pairs(documents):
@@ -196,33 +192,6 @@ def bracket_pairs(documents):
                                             "label": ")]".index(character)})
         draw, n = random.Random(name), min(6, len(cuts[")"]), len(cuts["]"]))
         yield from zip(draw.sample(cuts[")"], n), draw.sample(cuts["]"], n))
-
-
-def read_items(path):
-    """
-    Items from a file of JSON lines, {"context", "choices", "label"} or HellaSwag's {"ctx", "endings",
-    "label"}, whose endings follow after a space.
-    """
-    items = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)                          # of bytes: strict UTF-8
-            if "ctx" in item:
-                item |= {"context": item["ctx"], "choices": [f" {ending}" for ending in item["endings"]]}
-            context, choices = item["context"], item["choices"]
-            label = [str(i) for i in range(len(choices))].index(str(item["label"]))      # 1 or "1"
-            texts = isinstance(choices, list) and all(isinstance(text, str) for text in (context, *choices))
-            if not texts or not all(choices):
-                raise ValueError
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f'{path}: line {number} is not an item in UTF-8: "context", "choices", "label" '
-                            '(or "ctx", "endings", "label")') from None
-        items.append({"context": context, "choices": choices, "label": label})
-    if len(items) < 2:
-        raise UserError(f"{path} needs at least two items")
-    return items
 
 
 # ---- the vocabulary ----------------------------------------------------------
@@ -279,25 +248,26 @@ def make_encoding(ranks, pattern):
 
 # ---- tokens on disk ----------------------------------------------------------
 
-def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None,
-            tasks=None):
+def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), ood=None, tokens=None):
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
     "fineweb-edu", with `tokens` training tokens. vocab_size counts the bytes, the merges and end-of-text, or
-    is "gpt2", as it always is with fineweb-edu; tasks = {name: file of items}. A finished out_dir of the same
-    arguments is left as it is; another is an error.
+    is "gpt2", as it always is with fineweb-edu. A finished out_dir of the same arguments is left as it is;
+    another is an error.
     """
-    ood, tasks = ood or {}, tasks or {}
+    ood = ood or {}
     if corpus == "fineweb-edu":
         vocab_size = "gpt2"
     else:
         tokens = None
-    files = (*train, *ood.values(), *tasks.values())
+    if vocab_size != "gpt2" and not 257 <= vocab_size <= 2**16:
+        raise UserError(f"--vocab_size must be from 257 to 65536, not {vocab_size}")
+    files = (*train, *ood.values())
     for path in files:
         if not os.path.isfile(path):
             raise UserError(f"{path} is not a file")
     arguments = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
-                 "tasks": list(tasks), "files": [sha(Path(path).read_bytes()) for path in files]}
+                 "files": [sha(Path(path).read_bytes()) for path in files]}
     out = Path(out_dir)
     if (out / "meta.json").exists():
         meta = load_meta(out_dir)
@@ -305,9 +275,8 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
             raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder")
         return meta
 
-    # the text; a set or a task of the user's takes the place of ours of that name
-    ood = {name: list(pieces(path)) for name, path in ood.items()}
-    tasks = {name: read_items(path) for name, path in tasks.items()}
+    # the text; a set of the user's takes the place of ours of that name
+    ood, tasks = {name: pieces(path) for name, path in ood.items()}, {}
     if corpus == "text":
         in_domain = [piece for path in train for piece in pieces(path)]
     else:
@@ -315,8 +284,8 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         ood = python_ood | ood
     sets, arrays = split_documents(in_domain, ood), {}
     if corpus == "python":
-        of_python = [sets[name] for name in ("val", "ood_sympy", "ood_numpy", "ood_networkx")]
-        tasks = {"brackets": bracket_items(of_python)} | tasks
+        of_python = "val", "ood_sympy", "ood_numpy", "ood_networkx"
+        tasks["brackets"] = bracket_items(sets[name] for name in of_python)
     if corpus == "fineweb-edu":                              # Python is out of distribution: its val set
         names = [f"train_{i:06}" for i in range(1, 1 + math.ceil((tokens or 1) / 1e8))]
         arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
@@ -340,20 +309,18 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     vocab = "".join(f"{base64.b64encode(token).decode()} {rank}\n"
                     for token, rank in encoding._mergeable_ranks.items())
     (out / "vocab.tiktoken").write_text(vocab)
-    task_meta = {}
     for name, items in tasks.items():
-        text = "".join(json.dumps(item) + "\n" for item in items)
-        (out / f"task_{name}.jsonl").write_text(text)
-        task_meta[name] = {"items": len(items), "sha256": sha(text)}
-    dtype = "uint16" if vocab_size <= 2**16 else "uint32"
+        (out / f"task_{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     packages = "torch", "numpy", "sympy", "networkx"
     meta = {"arguments": arguments, "tokenizer": sha(vocab + encoding._pat_str), "pattern": encoding._pat_str,
-            "ids": encoding.n_vocab, "vocab_size": vocab_size, "dtype": dtype,
-            "sets": {name: write_ids(out / f"{name}.bin", arrays[name], encoding, dtype) for name in arrays},
-            "tasks": task_meta,
+            "vocab_size": vocab_size,
+            "sets": {name: write_ids(out / f"{name}.bin", arrays[name], encoding.n_vocab) for name in arrays},
+            "tasks": {name: {"items": len(items), "sha256": sha(json.dumps(items))}
+                      for name, items in tasks.items()},
             "versions": {"python": platform.python_version(),
                          **{name: importlib.metadata.version(name) for name in packages}}}
-    meta["fingerprint"] = fingerprint(meta)
+    what = "tokenizer", "vocab_size", "sets", "tasks"        # equal where results can be compared
+    meta["fingerprint"] = sha(json.dumps([meta[name] for name in what]))
     (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.json.tmp", out / "meta.json")
     return meta
@@ -361,63 +328,46 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
 
 def encode(documents, encoding):
     """Documents (name, text) -> one by one the array of their ids, closed by end-of-text."""
-    for i in tqdm(range(0, len(documents), 64), desc="encoding", disable=None, leave=False):
-        for ids in encoding.encode_ordinary_batch([text for _, text in documents[i:i + 64]]):
-            yield np.array([*ids, encoding.eot_token])
+    for _, text in tqdm(documents, desc="encoding", disable=None, leave=False):
+        ids = encoding.encode_to_numpy(text, disallowed_special=())
+        yield np.append(ids, encoding.eot_token).astype(np.uint16)
 
 
-def write_ids(path, arrays, encoding, dtype):
-    """Write arrays of ids one after the other to path -> what meta.json says of the set."""
-    bytes_of = [len(encoding.decode_single_token_bytes(i)) for i in range(encoding.eot_token)] + [0]
-    counts, digest = np.zeros(encoding.n_vocab, dtype=np.int64), hashlib.sha256()
+def write_ids(path, arrays, n_vocab):
+    """Write uint16 arrays of ids one after the other to path -> what meta.json says of the set."""
+    documents, tokens, digest = 0, 0, hashlib.sha256()
     with open(path, "wb") as f:
         for ids in arrays:
-            ids = ids.astype(dtype)
             ids.tofile(f)
             digest.update(ids)
-            counts += np.bincount(ids, minlength=encoding.n_vocab)
-    return {"documents": int(counts[-1]), "tokens": int(counts.sum()), "bytes": int(counts @ bytes_of),
-            "sha256": digest.hexdigest()}
-
-
-def fingerprint(meta):
-    """A hash of text, tokenizer and tasks: equal where results can be compared."""
-    names = "tokenizer", "ids", "vocab_size", "dtype", "sets", "tasks"
-    return sha(json.dumps([meta.get(name) for name in names]))
+            documents += int((ids == n_vocab - 1).sum())     # end-of-text
+            tokens += len(ids)
+    return {"documents": documents, "tokens": tokens, "sha256": digest.hexdigest()}
 
 
 def load_meta(data_dir):
     """meta.json of a corpus folder: sizes, fingerprints, and what it was made from."""
-    path = os.path.join(data_dir, "meta.json")
-    if not os.path.exists(path):
+    path = Path(data_dir, "meta.json")
+    if not path.exists():
         raise UserError(f"{data_dir} is not a corpus folder: make it with data.py, whose --help says how")
-    try:
-        meta = json.loads(Path(path).read_text(encoding="utf-8"))
-        if meta["fingerprint"] != fingerprint(meta) or not {"arguments", "pattern"} <= meta.keys():
-            raise ValueError
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged: delete {data_dir} and make it again with data.py") from None
-    return meta
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def load_tokenizer(data_dir):
     """The tiktoken.Encoding a corpus folder was made with."""
-    meta, vocab = load_meta(data_dir), Path(data_dir, "vocab.tiktoken").read_text(encoding="latin-1")
-    if meta["tokenizer"] != sha(vocab + meta["pattern"]):
-        raise UserError(f"{data_dir}/vocab.tiktoken is damaged: delete {data_dir} and make it again")
-    lines = (line.split() for line in vocab.splitlines())
-    return make_encoding({base64.b64decode(token): int(rank) for token, rank in lines}, meta["pattern"])
+    lines = (line.split() for line in Path(data_dir, "vocab.tiktoken").read_text().splitlines())
+    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+    return make_encoding(ranks, load_meta(data_dir)["pattern"])
 
 
 def load_tokens(path):
-    """The ids of a set, DATA_DIR/NAME.bin, as a memory map; those that meta.json knows, or an error."""
-    meta, name = load_meta(os.path.dirname(path)), os.path.basename(path).removesuffix(".bin")
-    known = meta["sets"][name]
-    if os.path.exists(path) and os.path.getsize(path) == known["tokens"] * np.dtype(meta["dtype"]).itemsize:
-        tokens = np.memmap(path, dtype=meta["dtype"], mode="r")
-        if name == "train" or hashlib.sha256(tokens).hexdigest() == known["sha256"]:     # train may be huge
-            return tokens
-    raise UserError(f"{path} is missing or damaged: delete its folder and make it again with data.py")
+    """The ids of a set, DATA_DIR/NAME.bin, as a memory map of uint16."""
+    known = load_meta(os.path.dirname(path))["sets"][os.path.basename(path).removesuffix(".bin")]
+    try:
+        return np.memmap(path, np.uint16, "r", shape=known["tokens"])
+    except ValueError:
+        raise UserError(f"{path} is cut off, it should have {known['tokens']:,} tokens: copy it again, or "
+                        "delete its folder and make it with data.py") from None
 
 
 class Batches:
@@ -431,9 +381,8 @@ class Batches:
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
         self.n = (len(self.tokens) - 1) // block_size        # windows in an epoch
         self.epoch, self.order = None, None
-        if self.n < batch_size:
-            raise UserError(f"{path} has {len(self.tokens):,} tokens, fewer than one batch of {batch_size} x "
-                            f"{block_size}: use more text or smaller batches")
+        if not self.n:
+            raise UserError(f"{path} is shorter than one window of {block_size} tokens: use more text")
 
     def window(self, i):
         epoch, position = divmod(i, self.n)
@@ -449,18 +398,26 @@ class Batches:
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
+def note_repeats(data_dir, tokens):
+    """Say on stderr if a run of so many tokens reads its text more than once."""
+    text = load_meta(data_dir)["sets"]["train"]["tokens"]
+    if tokens > text:
+        print(f"note: {data_dir} has {text:,} tokens to train on: a run of {tokens:,} reads them "
+              f"{tokens / text:.1f} times", file=sys.stderr)
+
+
 # ---- what all command lines share --------------------------------------------
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def whole_number(text):
-    """'1.5M' -> 1500000."""
+    """'1.5M' -> 1500000; a ValueError for what is no whole number."""
     unit = UNITS.get(text[-1:].upper())
-    try:
-        return round(float(text[:-1]) * unit) if unit else int(text)
-    except (ValueError, OverflowError):
-        raise UserError(f"{text!r} is not a whole number such as 3000000 or 3M") from None
+    number = Fraction(text[:-1]) * unit if unit else Fraction(text)
+    if number.denominator > 1:
+        raise ValueError
+    return number.numerator
 
 
 def make_parser(doc):
@@ -492,39 +449,38 @@ def name_and_file(text):
     return name, path
 
 
+def gpt2_or_number(text):
+    """'gpt2' -> 'gpt2', '512' -> 512."""
+    return text if text == "gpt2" else whole_number(text)
+
+
 def main():
     """Make the corpus that the command line asks for, and print what is in it."""
     parser = make_parser(__doc__)
     parser.add_argument("--corpus", default="python", choices=("python", "text", "fineweb-edu"),
                         help="what to tokenize (default: python)")
-    parser.add_argument("--vocab_size", default="512", metavar="N", help="tokens in the vocabulary: 256 "
-                        "bytes, merges, end-of-text; or gpt2, as fineweb-edu always has (default: 512)")
+    parser.add_argument("--vocab_size", type=gpt2_or_number, default=512, metavar="N", help="tokens in the "
+                        "vocabulary: 256 bytes, merges, end-of-text; or gpt2, as fineweb-edu always has "
+                        "(default: 512)")
     parser.add_argument("--tokens", type=whole_number, metavar="N", help="fineweb-edu: training tokens, in "
                         "whole shards of 100 million; K, M, B are 10^3, 10^6, 10^9 (default: one shard)")
     parser.add_argument("--out", metavar="DIR", help="folder to write (default: data/CORPUS)")
     parser.add_argument("--train", nargs="+", action="extend", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, of which {VAL_PERCENT} %% is held out")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE",
-                        type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each; "
-                        "one of a NAME that the corpus has replaces it")
-    parser.add_argument("--task", nargs="+", action="extend", default=[], metavar="NAME=FILE",
-                        type=name_and_file, help='your own downstream tasks: JSON lines with "context", '
-                        '"choices", "label", or HellaSwag\'s own file')
+                        type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each (the "
+                        f"first {OOD_CHARS:,} characters); one of a NAME that the corpus has replaces it")
     args = parser.parse_args()
-    ood, tasks = dict(args.ood), dict(args.task)
-    if len(ood) < len(args.ood) or len(tasks) < len(args.task):
-        parser.error("--ood and --task take each NAME once")
+    ood = dict(args.ood)
+    if len(ood) < len(args.ood):
+        parser.error("--ood takes each NAME once")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--train FILES goes with --corpus text, and only with it")
-    vocab_size = args.vocab_size if args.vocab_size == "gpt2" else whole_number(args.vocab_size)
-    if vocab_size != "gpt2" and vocab_size < 257:
-        parser.error(f"--vocab_size must be at least 257 (256 bytes and end-of-text), not {vocab_size}")
     out = args.out or f"data/{args.corpus}"
-    meta = prepare(args.corpus, out, vocab_size, args.train, ood, args.tokens, tasks)
-    print(f"{out}: vocabulary {meta['vocab_size']}, {meta['dtype']}, fingerprint {meta['fingerprint']}")
+    meta = prepare(args.corpus, out, args.vocab_size, args.train, ood, args.tokens)
+    print(f"{out}: vocabulary {meta['vocab_size']}, fingerprint {meta['fingerprint']}")
     for name, s in meta["sets"].items():
-        print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens, "
-              f"{s['bytes'] / s['tokens']:.2f} bytes each")
+        print(f"  {name:13} {s['documents']:6,} documents {s['tokens']:11,} tokens")
     for name, task in meta["tasks"].items():
         print(f"  {f'task_{name}':13} {task['items']:6,} items")
 

@@ -2,7 +2,7 @@
 Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a figure: the study of "Strong
 Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), at a scale of your choice.
 
-    python sweep.py                                    # --scale laptop: an hour or more on two slow cores
+    python sweep.py                                    # --scale laptop: about an hour on two slow cores
     python sweep.py --scale smoke                      # the same path in a minute, too small for findings
     python sweep.py --student xs@1.5M --teachers xs@1M,m@8M --alphas 0.25,1 --seeds 1,2,3 --out out/mine
     python sweep.py --scale full --dry_run             # every run with its FLOPs; nothing is trained
@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from concurrent import futures
@@ -24,10 +25,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm import tqdm
 
-from data import UserError, load_meta, make_parser, prepare, run_main, whole_number
-from distill import H100_FLOPS, Config, list_of_numbers, train
-from eval import (IN, KEYS, OUT, evaluate, evaluation_sets, metric, model_name, parse_model,
-                  read_rows, read_windows, write_report)
+from data import UserError, load_meta, make_parser, note_repeats, prepare, run_main, whole_number
+from distill import Config, list_of_numbers, settings_of, train
+from eval import (IN, KEYS, OUT, evaluate, evaluation_sets, metric, model_name, parse_model, read_rows,
+                  write_report)
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
 
@@ -35,34 +36,29 @@ from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_devic
 class Scale:
     """One experiment. A model is named size@tokens."""
     student: str
-    teachers: str                    # weakest first; trained in this order
+    teachers: str                    # trained in this order
     alphas: tuple = (0.25, 0.5, 1.0)
     seeds: tuple = (1, 2, 3)         # of a student's weights and data order
     teacher_sets: int = 1            # seed n learns from the teachers of seed 1000 + n % teacher_sets
     vocab_size: int = 512
     corpus: str = "python"           # of data.py, in the folder data/CORPUS
     training: dict = field(default_factory=dict)       # what differs from Config's defaults
-    windows: int = 256               # evaluated in each half of a set
-    items: int = 500                 # evaluated in each half of a task
+    windows: int = 512               # of each set, for evaluate()
+    items: int = 500                 # of the task
     speed: float = 8e10              # FLOP/s of the machine, for --dry_run; here two slow CPU cores
 
 
 SCALES = {
-    "smoke": Scale("s@32K", "bigram@64K xs@8K xs@64K s@64K m@64K", (0.25, 1.0), windows=16, items=32,
+    "smoke": Scale("s@32K", "bigram@64K xs@8K xs@64K s@64K m@64K", (0.25, 1.0), windows=32, items=32,
                    training={"compile": False}),
-    "laptop": Scale("s@1.5M", "bigram@8M xs@2M xs@8M s@8M l@8M", (0.1, 0.25, 1.0), range(41, 46)),
+    "laptop": Scale("s@1.5M", "xs@2M bigram@8M xs@8M s@8M l@8M", (0.1, 0.25, 0.5, 1.0), range(51, 55)),
     "full": Scale("s@1.5M", "unigram@8M bigram@8M xs@1M xs@2M s@1M xs@8M s@8M m@8M l@8M",
                   (0.1, 0.25, 0.5, 1.0), range(21, 27), teacher_sets=8),     # each seed has its own
     "gpu": Scale("5M@8M", "bigram@32M l@8M m@32M 5M@32M 20M@32M", (0.25, 1.0), range(1, 6),
                  training=dict(batch_size=32, block_size=256), speed=1e13),
     "fineweb": Scale("124M@256M", "124M@64M 30M@512M 124M@512M 350M@512M", (0.25, 1.0), corpus="fineweb-edu",
-                     vocab_size=50_304, speed=0.27 * H100_FLOPS,
+                     vocab_size=50_304, speed=2.7e14,
                      training=dict(batch_size=32, accumulate=4, block_size=1024, lr=1e-3, warmup=0.05)),
-    "paper": Scale("1.7B@50B", " ".join(f"{size}@{n}B" for size in ("0.7B", "1.7B", "3.8B", "8B")
-                                        for n in (10, 30, 50, 80, 100, 300)),
-                   (0.2, 0.4, 0.5, 0.6, 0.8, 1.0), vocab_size=128_256, corpus="fineweb-edu",
-                   speed=0.4 * H100_FLOPS,
-                   training=dict(batch_size=8, accumulate=16, block_size=8192, lr=3e-4, warmup=0.05)),
 }
 
 
@@ -113,7 +109,7 @@ class Run:
 
 
 def plan(scale):
-    """All runs in an order in which each follows those it needs: seed by seed, weakest teacher first."""
+    """All runs in an order in which each follows those it needs: seed by seed, teacher by teacher."""
     runs, (size, tokens) = [], parse_model(scale.student)
     for seed in scale.seeds:
         alone, twice = (Run(model_name(size, n * tokens), seed) for n in (1, 2))
@@ -135,7 +131,7 @@ def start_worker(threads):
 
 def train_and_evaluate(run, scale, data, out, device):
     """In a worker -> rows of results.jsonl, one for each alpha."""
-    start, rows, corpus = time.perf_counter(), [], load_meta(data)["fingerprint"]
+    start, rows = time.perf_counter(), []
     size, tokens = parse_model(run.model)
     teacher = run.teacher.checkpoint(out) if run.teacher else ""
     config = Config(data=data, out=f"{out}/runs/{run.name}", size=size, tokens=tokens, seed=run.seed,
@@ -144,17 +140,31 @@ def train_and_evaluate(run, scale, data, out, device):
     for key, path in zip(run.keys, train(config, show_progress=False)):
         model, _ = load_checkpoint(path, device)
         metrics = evaluate(model, data, scale.windows, scale.items)
-        rows.append({**dict(zip(KEYS, key)), "corpus": corpus, "flops": student_flops,
+        rows.append({**dict(zip(KEYS, key)), "setup": setup(scale, data, device), "flops": student_flops,
                      "teacher_flops": teacher_flops, "metrics": metrics})
     return [{**row, "seconds": round((time.perf_counter() - start) / len(rows), 1)} for row in rows]
 
 
-def cell_line(run, rows):
-    """'xs@2M (0.27 nats worse) -> s@1.5M, seed 1: outside +0.045 at alpha 0.25, -0.186 at alpha 1'"""
-    keys = run.teacher.keys + run.alone.keys + run.keys
-    teacher, alone, *taught = (rows[key] for key in keys)
-    worse = metric(teacher, IN) - metric(alone, IN)
-    gains = (f"{metric(alone, OUT) - metric(row, OUT):+.3f} at alpha {row['alpha']:g}" for row in taught)
+def setup(scale, data, device):
+    """What determines a row's metrics, but for which model it is of: rows of two setups are not compared."""
+    config = Config(**scale.training)
+    settings = settings_of(config, load_meta(data), pick_device(device, config.dtype)[1], None)
+    of_the_row = "size", "tokens", "seed", "teacher", "alpha"
+    return {**{name: value for name, value in settings.items() if name not in of_the_row},
+            "windows": scale.windows, "items": scale.items}
+
+
+def line_of(run, rows):
+    """
+    's@1.5M alone, seed 1: loss 2.947 in domain, 3.477 outside', or of a run with a teacher
+    'xs@2M (0.27 nats worse) -> s@1.5M, seed 1: outside +0.045 at alpha 0.25, -0.186 at alpha 1'
+    """
+    inside, outside = ([metric(rows[key]["metrics"], where) for key in run.keys] for where in (IN, OUT))
+    if not run.teacher:
+        return f"{run.model} alone, seed {run.seed}: loss {inside[0]:.3f} in domain, {outside[0]:.3f} outside"
+    teacher, alone = (rows[other.keys[0]]["metrics"] for other in (run.teacher, run.alone))
+    worse = teacher[IN] - alone[IN]
+    gains = (f"{metric(alone, OUT) - x:+.3f} at alpha {alpha:g}" for x, alpha in zip(outside, run.alphas))
     compared = f"{abs(worse):.2f} nats {'worse' if worse > 0 else 'better'}"
     return f"{run.teacher.model} ({compared}) -> {run.model}, seed {run.seed}: outside {', '.join(gains)}"
 
@@ -162,13 +172,8 @@ def cell_line(run, rows):
 def sweep(scale, data, out, jobs, device):
     """Run what is not in results.jsonl yet, `jobs` runs at a time -> all rows."""
     path = f"{out}/results.jsonl"
-    rows = {tuple(row[name] for name in KEYS): row for row in read_rows(path)}
-    if any(row["corpus"] != load_meta(data)["fingerprint"] for row in rows.values()):
-        raise UserError(f"{path} comes from a different corpus than {data}: choose another --out")
+    rows = {tuple(row[name] for name in KEYS): row for row in read_rows(path, setup(scale, data, device))}
     os.makedirs(out, exist_ok=True)
-    with open(f"{path}.tmp", "w") as f:                      # drops a half-written last line
-        f.writelines(json.dumps(row) + "\n" for row in rows.values())
-    os.replace(f"{path}.tmp", path)
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
     # a teacher whose row is there, but not its checkpoint, is trained again
@@ -178,6 +183,7 @@ def sweep(scale, data, out, jobs, device):
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")   # which complains after Ctrl-C
+    vars(sys.modules["__main__"]).setdefault("__spec__", None)           # spawning needs it; %run drops it
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
     left = sum(run.work(scale) for run in todo)
     bar = tqdm(total=left, bar_format="{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
@@ -192,14 +198,13 @@ def sweep(scale, data, out, jobs, device):
             for future in finished:
                 run = running.pop(future)
                 for key, row in zip(run.keys, future.result()):
-                    if key not in rows:
-                        rows[key] = row
-                        with open(path, "a") as f:
-                            f.write(json.dumps(row) + "\n")
+                    rows.setdefault(key, row)
+                with open(f"{path}.tmp", "w") as f:
+                    f.writelines(json.dumps(row) + "\n" for row in rows.values())
+                os.replace(f"{path}.tmp", path)
                 done.add(run)
                 left -= run.work(scale)
-                if run.teacher:
-                    bar.write(cell_line(run, rows))
+                bar.write(line_of(run, rows))
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
                     lines = write_report([*rows.values()], out).splitlines()
                     bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
@@ -218,15 +223,21 @@ def sweep(scale, data, out, jobs, device):
     return [*rows.values()]
 
 
+def whole_numbers(text):
+    """'1,2' -> (1, 2)."""
+    return tuple(map(whole_number, text.split(",")))
+
+
 def main():
     """Run the sweep that the command line asks for and report, or only report, or only print its cost."""
     parser = make_parser(__doc__)
     parser.add_argument("--scale", default="laptop", choices=SCALES, help="the experiment (default: laptop)")
     parser.add_argument("--student", metavar="MODEL", help="instead of the scale's, such as s@1.5M")
-    parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, weakest first")
+    parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, in this order")
     parser.add_argument("--alphas", metavar="A,A", type=list_of_numbers,
                         help="instead of the scale's, such as 0.25,1")
-    parser.add_argument("--seeds", metavar="N,N", help="instead of the scale's, such as 1,2,3")
+    parser.add_argument("--seeds", metavar="N,N", type=whole_numbers,
+                        help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
     parser.add_argument("--jobs", type=int, metavar="N", help="parallel runs (default: cores; on a GPU, 1)")
@@ -237,15 +248,10 @@ def main():
     if args.report:
         return print(write_report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
-    seeds = list(map(whole_number, args.seeds.split(","))) if args.seeds else scale.seeds
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
-                    alphas=args.alphas or scale.alphas, seeds=seeds)
+                    alphas=args.alphas or scale.alphas, seeds=args.seeds or scale.seeds)
     if "RANK" in os.environ:
         raise UserError("sweep.py cannot run under torchrun: run python sweep.py")
-    if max(seeds) >= 1000:
-        raise UserError("--seeds must be below 1000: those from 1000 on are the teachers'")
-    if not all(0 < alpha <= 1 for alpha in scale.alphas):
-        raise UserError("--alphas must be above 0 and at most 1: the student alone is trained anyway")
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))
@@ -263,11 +269,9 @@ def main():
     data = args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
-    sets = evaluation_sets(data)
-    if len(sets) < 2:
-        raise UserError(f"{data} has no out-of-distribution set: add one with data.py --ood")
-    for path in sets.values():                               # now, not after an hour
-        read_windows(path, Config(**scale.training).block_size, most=1)
+    if len(evaluation_sets(data)) < 2:
+        raise UserError(f"{data} has no out-of-distribution set: make it again with data.py --ood")
+    note_repeats(data, max(parse_model(run.model)[1] for run in runs))
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
     print(f"{len(runs)} runs on {device}, {jobs} at a time, into {out}")
     report = write_report(sweep(scale, data, out, jobs, str(device)), out)
