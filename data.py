@@ -258,16 +258,12 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     ood = ood or {}
     if corpus == "fineweb-edu":
         vocab_size = "gpt2"
-    else:
-        tokens = None
     if vocab_size != "gpt2" and not 257 <= vocab_size <= 2**16:
         raise UserError(f"--vocab_size must be from 257 to 65536, not {vocab_size}")
-    files = (*train, *ood.values())
-    for path in files:
-        if not os.path.isfile(path):
-            raise UserError(f"{path} is not a file")
-    arguments = {"corpus": corpus, "vocab_size": vocab_size, "tokens": tokens, "ood": list(ood),
-                 "files": [sha(Path(path).read_bytes()) for path in files]}
+    arguments = {"corpus": corpus, "vocab_size": vocab_size, "ood": list(ood),
+                 "files": [sha(Path(path).read_bytes()) for path in (*train, *ood.values())]}
+    if corpus == "fineweb-edu":
+        arguments["tokens"] = tokens
     out = Path(out_dir)
     if (out / "meta.json").exists():
         meta = load_meta(out_dir)
@@ -468,8 +464,8 @@ def main():
     parser.add_argument("--train", nargs="+", action="extend", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, of which {VAL_PERCENT} %% is held out")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE",
-                        type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each (the "
-                        f"first {OOD_CHARS:,} characters); one of a NAME that the corpus has replaces it")
+                        type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each, of "
+                        f"which {OOD_CHARS:,} characters are used; a NAME that the corpus has is replaced")
     args = parser.parse_args()
     ood = dict(args.ood)
     if len(ood) < len(args.ood):

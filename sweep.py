@@ -85,27 +85,37 @@ class Run:
         """Where a model alone is saved."""
         return f"{out}/runs/{self.name}/ckpt.pt"
 
+    @property
+    def tokens(self):
+        return parse_model(self.model)[1]
+
     def flops(self, scale):
         """-> FLOPs of training one student, and of its teacher's forward passes over the same tokens."""
-        tokens, block_size = parse_model(self.model)[1], Config(**scale.training).block_size
         def forward(run):
             shape = SIZES[parse_model(run.model)[0]]
-            return tokens * flops_per_token(GPTConfig(scale.vocab_size, block_size, **shape))
+            config = GPTConfig(scale.vocab_size, Config(**scale.training).block_size, **shape)
+            return self.tokens * flops_per_token(config)
         return 3 * forward(self), forward(self.teacher) if self.teacher else 0
 
+    def evaluation(self, scale):
+        """Evaluating takes about as long as training on so many tokens."""
+        return 3 * scale.windows * Config(**scale.training).block_size
+
     def work(self, scale):
-        """FLOPs, plus 400,000 per token for overhead: roughly in proportion to time on a CPU."""
+        """FLOPs, plus 400,000 a token for overhead, with evaluation: roughly in proportion to time."""
         student, teacher = self.flops(scale)
-        return len(self.alphas) * (student + 400_000 * parse_model(self.model)[1]) + teacher
+        if student:                                          # a table only counts
+            student += 400_000 * self.tokens
+        return (len(self.alphas) * student + teacher) * (1 + self.evaluation(scale) / self.tokens)
 
     def fraction_done(self, scale, out):
-        """How much of its training is in its log."""
+        """How much of its work is in its log."""
         try:
             with open(f"{out}/runs/{self.name}/log.jsonl") as f:
                 steps = 1 + json.loads(f.readlines()[-1])["step"]
         except (OSError, IndexError, ValueError):            # not begun, or a line half written
             return 0
-        return steps * Config(**scale.training).tokens_per_step / parse_model(self.model)[1]
+        return steps * Config(**scale.training).tokens_per_step / (self.tokens + self.evaluation(scale))
 
 
 def plan(scale):
@@ -132,10 +142,9 @@ def start_worker(threads):
 def train_and_evaluate(run, scale, data, out, device):
     """In a worker -> rows of results.jsonl, one for each alpha."""
     start, rows = time.perf_counter(), []
-    size, tokens = parse_model(run.model)
-    teacher = run.teacher.checkpoint(out) if run.teacher else ""
-    config = Config(data=data, out=f"{out}/runs/{run.name}", size=size, tokens=tokens, seed=run.seed,
-                    teacher=teacher, alpha=run.alphas, device=device, **scale.training)
+    config = Config(data=data, out=f"{out}/runs/{run.name}", size=parse_model(run.model)[0], seed=run.seed,
+                    tokens=run.tokens, teacher=run.teacher.checkpoint(out) if run.teacher else "",
+                    alpha=run.alphas, device=device, **scale.training)
     student_flops, teacher_flops = run.flops(scale)
     for key, path in zip(run.keys, train(config, show_progress=False)):
         model, _ = load_checkpoint(path, device)
@@ -173,7 +182,6 @@ def sweep(scale, data, out, jobs, device):
     """Run what is not in results.jsonl yet, `jobs` runs at a time -> all rows."""
     path = f"{out}/results.jsonl"
     rows = {tuple(row[name] for name in KEYS): row for row in read_rows(path, setup(scale, data, device))}
-    os.makedirs(out, exist_ok=True)
     runs = plan(scale)
     missing = [run for run in runs if not rows.keys() >= set(run.keys)]
     # a teacher whose row is there, but not its checkpoint, is trained again
@@ -263,17 +271,17 @@ def main():
             total += flops
             print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {flops:9.2e} FLOPs")
         hours = sum(run.work(scale) for run in runs) / scale.speed / 3600
-        return print(f"{len(runs)} runs, {total:.2e} FLOPs: about {hours:,.1f} hours at {scale.speed:.1e} "
-                     "FLOP/s")
+        return print(f"{len(runs)} runs, {total:.2e} FLOPs: about {hours:,.1f} hours at {scale.speed:.1e} FLOP/s")
     start, out = time.perf_counter(), args.out or f"out/{args.scale}"
     data = args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":
         prepare("python", data, scale.vocab_size)
     if len(evaluation_sets(data)) < 2:
         raise UserError(f"{data} has no out-of-distribution set: make it again with data.py --ood")
-    note_repeats(data, max(parse_model(run.model)[1] for run in runs))
+    note_repeats(data, max(run.tokens for run in runs))
     scale = replace(scale, vocab_size=load_meta(data)["vocab_size"])
     print(f"{len(runs)} runs on {device}, {jobs} at a time, into {out}")
+    os.makedirs(out, exist_ok=True)
     report = write_report(sweep(scale, data, out, jobs, str(device)), out)
     minutes = (time.perf_counter() - start) / 60
     print(f"\n{report}\n{out}: report.md, figures, results.jsonl; {minutes:.1f} minutes")

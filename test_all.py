@@ -1041,7 +1041,7 @@ def made(corpus, trained, tmp_path_factory):
 TEXT = "--corpus text --train other.txt --out new"
 SWEEP = "--data data --out new"
 BAD = [
-    (data.main, "--corpus text --train absent.txt --out new", "absent.txt is not a file"),
+    (data.main, "--corpus text --train absent.txt --out new", "No such file or directory: 'absent.txt'"),
     (data.main, "--corpus text --train bytes.txt --out new", "bytes.txt is not UTF-8 text (invalid start"),
     (data.main, "--corpus text --train utf16.txt --out new", "utf16.txt is not UTF-8 text (it has NUL"),
     (data.main, "--corpus text --train short.txt --out new", "the set val is empty: it needs about"),
