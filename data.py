@@ -11,9 +11,9 @@ the C++ headers that come with torch, and English prose (Python's language refer
 versions of Python, torch, numpy, sympy and networkx, which meta.json names, and a little on how Python was
 installed. `text` takes your own files instead; fineweb-edu comes with GPT-2's vocabulary.
 
-Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16, each document closed by
+Writes into --out: train.bin, val.bin and ood_NAME.bin (token ids, uint16, documents separated by
 <|endoftext|>), vocab.tiktoken, task_brackets.jsonl (`python` only; one item a line), and meta.json, written
-last: a folder without it is unfinished and made anew.
+last: a folder without it is unfinished and is rebuilt.
 Byte-pair encoding: Sennrich et al., arXiv 1508.07909; on bytes, as in GPT-2. tiktoken encodes.
 """
 import argparse
@@ -24,7 +24,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import random
 import sys
 import sysconfig
@@ -76,7 +75,7 @@ def read_tree(label, root, *endings):
 
 
 def python_documents():
-    """-> (in-domain documents, {name: out-of-distribution ones}) of what is installed."""
+    """-> (in-domain documents, {name: out-of-distribution ones}), from what is installed."""
     from pydoc_data.topics import topics                     # the language reference, {topic: text}
 
     def package(name):
@@ -180,7 +179,7 @@ def bracket_pairs(documents):
             if character in "([{":
                 stack.append(i)
             elif character in ")]}":
-                start = stack.pop() if stack else -1
+                start = stack.pop() if stack else i
                 if text[start] + character not in ("()", "[]", "{}"):
                     stack = []                               # one of them stood in a string: start over
                 elif character in cuts and 8 <= i - start <= 200 and text[i - 1].isalnum():
@@ -252,8 +251,8 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     """
     Make out_dir and return its meta. corpus: "python"; "text", from the files train and ood = {name: file};
     "fineweb-edu", with `tokens` training tokens. vocab_size counts the bytes, the merges and end-of-text, or
-    is "gpt2", as it always is with fineweb-edu. A finished out_dir of the same arguments is left as it is;
-    another is an error.
+    is "gpt2", as it always is with fineweb-edu. A finished out_dir of the same arguments is left as it is; a
+    different one is refused.
     """
     ood = ood or {}
     if corpus == "fineweb-edu":
@@ -271,7 +270,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
             raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder")
         return meta
 
-    # the text; a set of the user's takes the place of ours of that name
+    # the text; a user's set replaces ours of the same name
     ood, tasks = {name: pieces(path) for name, path in ood.items()}, {}
     if corpus == "text":
         in_domain = [piece for path in train for piece in pieces(path)]
@@ -287,7 +286,7 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
         arrays["train"] = (fineweb_shard(name, out_dir) for name in names)
         arrays["val"] = [fineweb_shard("val_000000", out_dir)[:4_000_000]]
         del sets["train"]
-        sets.setdefault("ood_code", sets.pop("val"))
+        sets.setdefault("ood_code", sets.pop("val"))         # unless the user has a set of that name
 
     # the vocabulary
     if vocab_size == "gpt2":
@@ -313,9 +312,9 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
             "sets": {name: write_ids(out / f"{name}.bin", arrays[name], encoding.n_vocab) for name in arrays},
             "tasks": {name: {"items": len(items), "sha256": sha(json.dumps(items))}
                       for name, items in tasks.items()},
-            "versions": {"python": platform.python_version(),
+            "versions": {"python": sys.version.split()[0],
                          **{name: importlib.metadata.version(name) for name in packages}}}
-    what = "tokenizer", "vocab_size", "sets", "tasks"        # equal where results can be compared
+    what = "tokenizer", "vocab_size", "sets", "tasks"        # results compare only where these agree
     meta["fingerprint"] = sha(json.dumps([meta[name] for name in what]))
     (out / "meta.json.tmp").write_text(json.dumps(meta, indent=1))
     os.replace(out / "meta.json.tmp", out / "meta.json")
@@ -330,7 +329,7 @@ def encode(documents, encoding):
 
 
 def write_ids(path, arrays, n_vocab):
-    """Write uint16 arrays of ids one after the other to path -> what meta.json says of the set."""
+    """Write uint16 arrays of ids one after the other to path -> the set's entry in meta.json."""
     documents, tokens, digest = 0, 0, hashlib.sha256()
     with open(path, "wb") as f:
         for ids in arrays:
@@ -399,7 +398,7 @@ def note_repeats(data_dir, tokens):
     text = load_meta(data_dir)["sets"]["train"]["tokens"]
     if tokens > text:
         print(f"note: {data_dir} has {text:,} tokens to train on: a run of {tokens:,} reads them "
-              f"{tokens / text:.1f} times", file=sys.stderr)
+              f"{tokens / text:.1f} times (a table counts them once)", file=sys.stderr)
 
 
 # ---- what all command lines share --------------------------------------------
@@ -408,7 +407,7 @@ UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def whole_number(text):
-    """'1.5M' -> 1500000; a ValueError for what is no whole number."""
+    """'1.5M' -> 1500000; ValueError if that is not a whole number."""
     unit = UNITS.get(text[-1:].upper())
     number = Fraction(text[:-1]) * unit if unit else Fraction(text)
     if number.denominator > 1:
@@ -433,16 +432,8 @@ def run_main(main):
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; run the same command again to continue", file=sys.stderr)
+        print("\ninterrupted; run the same command again", file=sys.stderr)
         sys.exit(130)
-
-
-def name_and_file(text):
-    """'news=news.txt' -> ('news', 'news.txt')."""
-    name, _, path = text.partition("=")
-    if not name.isidentifier() or not path:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=FILE, with a NAME such as my_text")
-    return name, path
 
 
 def gpt2_or_number(text):
@@ -464,12 +455,12 @@ def main():
     parser.add_argument("--train", nargs="+", action="extend", default=[], metavar="FILE",
                         help=f"text: UTF-8 files to train on, of which {VAL_PERCENT} %% is held out")
     parser.add_argument("--ood", nargs="+", action="extend", default=[], metavar="NAME=FILE",
-                        type=name_and_file, help="your own out-of-distribution sets, one UTF-8 file each, of "
-                        f"which {OOD_CHARS:,} characters are used; a NAME that the corpus has is replaced")
+                        help="your own out-of-distribution sets, one UTF-8 file each, of which "
+                        f"{OOD_CHARS:,} characters are used; a NAME that the corpus has is replaced")
     args = parser.parse_args()
-    ood = dict(args.ood)
-    if len(ood) < len(args.ood):
-        parser.error("--ood takes each NAME once")
+    ood = dict(text.partition("=")[::2] for text in args.ood)
+    if len(ood) < len(args.ood) or not all(name.isidentifier() and ood[name] for name in ood):
+        parser.error("--ood takes NAME=FILE, such as my_text=my.txt, and each NAME once")
     if (args.corpus == "text") != bool(args.train):
         parser.error("--train FILES goes with --corpus text, and only with it")
     out = args.out or f"data/{args.corpus}"

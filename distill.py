@@ -7,11 +7,11 @@ alpha above 0 a student learns from --teacher as well. eval.py measures the loss
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0,0.25,1 --out out/taught
     torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...     # 8 GPUs share a batch
 
-For a token with label y, student logits z, teacher logits t, temperature tau (reported to be 1 in the paper)
+For a token with label y, student logits z, teacher logits t, temperature tau (1 in the paper, readers report)
 
     loss = (1 - alpha) * CE(z, y)  +  alpha * tau^2 * KL( softmax(t/tau) || softmax(z/tau) )
 
-Several alphas train that many students side by side, on the same batches, with one teacher forward pass for
+Several alphas train a student each, side by side, on the same batches, with one teacher forward pass for
 all. If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
 ckpt.pt (with several alphas alpha_A/ckpt.pt), log.jsonl, and state.pt while the run is unfinished.
 
@@ -56,7 +56,7 @@ class Config:
     block_size: int = 128         # tokens in a sequence
     accumulate: int = 1           # batches whose gradients add up to one step
     lr: float = 0.0               # peak learning rate; 0: 0.384 / width, found on the laptop sizes
-    min_lr: float = 0.1           # final learning rate, as a fraction of the peak
+    min_lr: float = 0.1           # a fraction of the peak: the final learning rate
     warmup: float = 0.4           # fraction of the steps in which the rate rises; a cosine follows
     weight_decay: float = 0.1     # of matrices only
     grad_clip: float = 1.0        # clip the gradient's norm to this; 0: off
@@ -133,47 +133,42 @@ def train(config, show_progress=True):
     if shape.counts:                                         # a table counts in place of training
         if rank == 0:
             table = Table(shape)
-            table.count(batches.tokens[:config.tokens].astype("int64"))
+            table.count(torch.from_numpy(batches.tokens[:config.tokens].astype("int64")))
             save_checkpoint(paths[0], table, alpha=0.0, settings=settings)
         return paths
 
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
-    if world > 1 and not dist.is_initialized():
+    if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     maybe_compile = compiler(device) if config.compile else lambda function: function
-    loss_fn = distill_loss_reference
-    if config.fused:
-        loss_fn = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
+    fused_loss = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
+    loss_fn = fused_loss if config.fused else distill_loss_reference
     teacher_forward = maybe_compile(teacher.forward) if teacher else None
     students = [Student(shape, alpha, config, device, dtype, maybe_compile) for alpha in config.alpha]
-    first_step, log = 0, open(f"{config.out}/log.jsonl" if rank == 0 else os.devnull, "a")
-    if rank == 0:                                            # drop the lines of steps after the saved state
-        log.truncate(state["log_size"] if state else 0)
-    if state:
-        first_step = state["step"]
-        for student, (model, optimizer, scaler) in zip(students, state["students"]):
-            student.model.load_state_dict(model)
-            student.optimizer.load_state_dict(optimizer)
-            student.scaler.load_state_dict(scaler)
-    bar = tqdm(total=config.steps, initial=first_step, desc=f"{config.size} x {len(students)}", unit="step",
+    first_step, log = state["step"], open(f"{config.out}/log.jsonl" if rank == 0 else os.devnull, "w")
+    log.write(state["log"])                                  # without the lines of steps after the saved one
+    for student, saved in zip(students, state["students"]):  # none in a new run
+        for part, values in zip(student.parts, saved):
+            part.load_state_dict(values)
+    bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, unit="step",
+               desc=f"{config.size} x {len(students)}",
                disable=None if show_progress and rank == 0 else True)        # None: off without a terminal
     last_logged, logged_at = first_step, time.perf_counter()
     saved_at = logged_at
 
     # A step: for each micro-batch the teacher's forward, and each student's forward, loss and backward; then
     # each student's optimizer step. The rest is for several GPUs, float16, NaN and the log.
-    for step in range(first_step, config.steps):
-        losses, norms = torch.zeros(len(students), 2, device=device), []     # ce and kl, means over the step
-        micro_weight = 1 / config.accumulate / world         # so that sums over batches, ranks are means
+    for step in bar:
+        losses = torch.zeros(len(students), 2, device=device)                # ce and kl, means over the step
+        micro_weight = 1 / config.accumulate / world         # so that sums over batches and ranks are means
         for micro in range(config.accumulate):
             x, y = (part[rank::world] for part in batches[step * config.accumulate + micro])   # (B, T) each
             if device.type == "cuda":                        # from pinned memory the copy does not wait
                 x, y = x.pin_memory(), y.pin_memory()
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            if teacher:                                      # one teacher forward serves every student
-                with torch.no_grad(), autocast(device, dtype):
-                    teacher_logits = teacher_forward(x)      # (B, T, V)
+            with torch.no_grad(), autocast(device, dtype):   # one teacher forward serves every student
+                teacher_logits = teacher_forward(x) if teacher else None     # (B, T, V)
             for i, student in enumerate(students):           # on the same batch
                 with autocast(device, dtype):
                     hidden = student.forward(x)              # (B, T, C)
@@ -190,22 +185,18 @@ def train(config, show_progress=True):
             for group in student.optimizer.param_groups:
                 group["lr"] = lr
             student.scaler.unscale_(student.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.grad_clip or math.inf)
-            norms.append(norm)
+            torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.grad_clip or math.inf)
             student.scaler.step(student.optimizer)
             student.scaler.update()
             student.optimizer.zero_grad(set_to_none=True)
-        bar.update()
 
         # the log and the saved state; a step that writes neither does not wait for the GPU
         now = time.perf_counter()
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and now - saved_at > config.save_every
-        if logging or saving:                                # a NaN stays, so that the last step has it too
-            finite = losses.isfinite().all() and torch.stack(norms).isfinite().all()
-            if dtype == torch.float16:                       # inf skips a step: 17 times from 2^16 to below 1
-                finite = losses.isfinite().all() and all(s.scaler.get_scale() >= 1 for s in students)
-            if not finite:
+        if logging or saving:                                # NaN stays in weights; in float16 the scale falls
+            sound = all(p.isfinite().all() for student in students for p in student.model.parameters())
+            if not sound or any(student.scaler.get_scale() < 1 for student in students):
                 raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning "
                                 f"rate {lr:.3g}): lower --lr and choose another --out, or check the data")
         if logging:
@@ -218,13 +209,11 @@ def train(config, show_progress=True):
                               "tokens_per_s": tokens_per_s}), file=log, flush=True)
             bar.set_postfix_str(f"ce {ce[-1]:.3f}", refresh=False)
         if saving:
-            states = [(s.model.state_dict(), s.optimizer.state_dict(), s.scaler.state_dict())
-                      for s in students]
+            states = [[part.state_dict() for part in student.parts] for student in students]
             save_file(f"{config.out}/state.pt", {"settings": settings, "step": step + 1, "students": states,
-                                                 "log_size": os.path.getsize(log.name)})
+                                                 "log": Path(log.name).read_text()})
             saved_at = now
 
-    bar.close()
     log.close()
     if rank == 0:
         for student, path in zip(students, paths):
@@ -232,11 +221,12 @@ def train(config, show_progress=True):
         Path(config.out, "state.pt").unlink(missing_ok=True)
     if world > 1:
         dist.barrier()                                       # the files are there for every rank
+        dist.destroy_process_group()
     return paths
 
 
 class Student:
-    """One model in training (a teacher's too): its alpha, its optimizer, and the loss scaler for float16."""
+    """A model in training (teachers too): its alpha, its optimizer, and the loss scaler for float16."""
 
     def __init__(self, shape, alpha, config, device, dtype, maybe_compile):
         torch.manual_seed(config.seed)                       # every alpha starts from the same weights
@@ -248,6 +238,7 @@ class Student:
              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
             betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.parts = self.model, self.optimizer, self.scaler                 # what a saved state holds
 
 
 def learning_rate(config, step):
@@ -270,7 +261,7 @@ def check(config):
                              ("min_lr warmup", 0, 1)):
         for name in names.split():
             value = getattr(config, name)
-            if not low <= value <= high:                     # nor NaN
+            if not low <= value <= high:                     # refuses NaN too
                 raise UserError(f"--{name} must be from {low} to {high}, not {value}")
     for mistake, message in (
             (not all(0 <= a <= 1 for a in config.alpha), f"--alpha must be from 0 to 1, not {config.alpha}"),
@@ -283,7 +274,7 @@ def check(config):
 
 
 def settings_of(config, meta, dtype, teacher_id):
-    """All that determines a run's result, up to rounding."""
+    """All that determines a run's result, up to rounding; and `fused`, as people edit the plain loss."""
     settings = {"corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"],
                 **asdict(config), "dtype": str(dtype), "teacher": teacher_id}
     for name in ("data", "out", "device", "compile", "log_every", "save_every"):
@@ -293,10 +284,10 @@ def settings_of(config, meta, dtype, teacher_id):
 
 def open_folder(config, settings):
     """
-    Make the folders below --out -> paths of the checkpoints, and the saved state of an unfinished run, or
-    None. Raises UserError if there are files of other settings.
+    Make the folders below --out -> paths of the checkpoints, and the state to start from: that of an
+    unfinished run, or step 0. Raises UserError if the folder holds files from other settings.
     """
-    out, state = Path(config.out), None
+    out, state = Path(config.out), {"step": 0, "students": [], "log": ""}
     for path in (*out.glob("state.pt"), *out.glob("ckpt.pt"), *out.glob("alpha_*/ckpt.pt")):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved.get("settings") != settings:
@@ -327,8 +318,8 @@ def load_teacher(config, meta, device):
 
 class ForeignTeacher(torch.nn.Module):
     """
-    A causal language model of Hugging Face as a teacher, in float32; its tokenizer must give the ids of the
-    corpus. Token ids (B, T) -> logits (B, T, V), cut or padded to the corpus's vocabulary.
+    A causal language model of Hugging Face as a teacher, in float32; its tokenizer must produce the corpus's
+    ids. Token ids (B, T) -> logits (B, T, V), cut or padded to the corpus's vocabulary.
     """
 
     def __init__(self, name, data_dir, vocab_size):
@@ -340,7 +331,8 @@ class ForeignTeacher(torch.nn.Module):
         except ImportError as e:
             raise UserError(f"--teacher {name} is not a .pt file: pip install transformers ({e})") from None
         except Exception as e:                               # transformers raises many kinds
-            raise UserError(f"transformers cannot load --teacher {name}: {f'{e} '.splitlines()[0]}") from None
+            reason = str(e).partition("\n")[0]
+            raise UserError(f"transformers cannot load --teacher {name}: {reason}") from None
         encoding = load_tokenizer(data_dir)
         ids = load_tokens(f"{data_dir}/val.bin")[:10_000].tolist()
         text = max(encoding.decode(ids).split(END_OF_TEXT), key=len)         # a stretch without end-of-text
@@ -357,18 +349,18 @@ class ForeignTeacher(torch.nn.Module):
 
 
 # ------------------------------------------------------------------------------
-# Only speed, up to the command line: the same results, up to rounding, in less time and memory.
+# From here to the command line, only speed: the same results but for rounding, in less time and memory.
 #
-# The fused loss, its gradient by hand. For one token let p = softmax(z), r = softmax(z/tau), q the constant
-# softmax(t/tau), and e the one-hot label. The only fact needed: the gradient of log sum exp(z) is softmax(z).
+# The fused loss, with its gradient by hand. For one token let p = softmax(z), r = softmax(z/tau), q the
+# constant softmax(t/tau), and e the one-hot label. One fact is enough: the gradient of log sum exp(z) is p.
 #     CE = log sum exp(z) - z_y,                                            so  dCE/dz = p - e
 #     KL = sum q log q - sum q z/tau + log sum exp(z/tau),  with sum q = 1, so  dKL/dz = (r - q) / tau
 #     dz = (1 - alpha) (p - e) + alpha tau (r - q),  which at tau = 1 is p - (1 - alpha) e - alpha q
 # divided by N, as the loss is a mean over N tokens; through z = h W^T:  dh = dz W  and  dW = dz^T h.
-# (tau^2 is there because r - q shrinks as 1/tau as well when tau grows: so the gradient keeps its size.)
+# (tau^2: for large tau dKL/dz shrinks as 1/tau^2, once by 1/tau, once because r - q does; tau^2 restores it.)
 
-CHUNK_TOKENS = 256                   # at once on a CPU: at a vocabulary of 512 their logits fit its cache
-CHUNK_BYTES = 2**29                  # of logits on a GPU, where each chunk moves the head's whole gradient
+CHUNK_TOKENS = 256                   # tokens in a chunk on a CPU: at a vocabulary of 512 it fits the cache
+CHUNK_BYTES = 2**29                  # of logits on a GPU: large, as every chunk reads and writes all of dW
 
 
 def chunk_loss(z, t, y, alpha, temperature):
@@ -389,7 +381,7 @@ def chunk_loss(z, t, y, alpha, temperature):
 
 
 class FusedLoss(torch.autograd.Function):
-    """distill_loss by chunks of tokens: head, loss and gradient in one pass; z never exceeds a chunk."""
+    """distill_loss by chunks of tokens: head, loss and gradient in one pass; one chunk of z exists."""
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, alpha, teacher_logits, temperature, top_k, chunk_fn):
@@ -400,7 +392,7 @@ class FusedLoss(torch.autograd.Function):
             h, w = (x.to(torch.get_autocast_dtype(device.type)) for x in (h, w))
         N, V = len(y), len(w)
         chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
-        rows = math.ceil(N / math.ceil(chunks))              # of about equal length, for fewer recompiles
+        rows = math.ceil(N / math.ceil(chunks))              # of about equal length
         alpha_tensor = torch.full((), alpha, device=device)  # a float would be recompiled for each value
         z_buffer = h.new_empty(rows, V)                      # for all chunks: allocating each is 20 % slower
         dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
@@ -437,14 +429,13 @@ def distill_loss(hidden, weight, targets, alpha, teacher_logits=None, temperatur
 
 @functools.cache
 def compiler(device):
-    """-> torch.compile, or where it does not work, with one warning, the identity."""
-    torch._dynamo.config.cache_size_limit = 64               # of 8: a worker trains many models
+    """-> torch.compile, or the identity, with one warning, where it does not work."""
+    torch._dynamo.config.cache_size_limit = 64               # 8 is too few: a worker compiles many models
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
         return functools.partial(torch.compile, dynamic=False)
     except Exception as e:                                   # no compiler, a broken one, no Triton
-        text = f"{e} "
-        why = (text.partition("Output:\n")[2] or text.partition(" raised:\n")[2] or text).splitlines()[0]
+        why = (str(e).partition("Output:\n")[2] or str(e).partition(" raised:\n")[2] or str(e)).split("\n")[0]
         print(f"torch.compile does not work here ({type(e).__name__}: {why}); using eager mode, which is "
               "slower", file=sys.stderr)
         return lambda function: function
@@ -477,8 +468,6 @@ def main():
     """Train what the command line asks for, and print where it is saved."""
     start, config = time.perf_counter(), parse_config()
     paths = train(config)
-    if dist.is_initialized():
-        dist.destroy_process_group()
     if int(os.environ.get("RANK", 0)) == 0:
         seconds = time.perf_counter() - start
         print(f"{seconds:.0f} s; next: python eval.py {' '.join(paths)} --data {config.data}")

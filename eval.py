@@ -8,7 +8,7 @@ half turns the results.jsonl of a sweep into four findings.
 
 Loss is in nats per token; perplexity is its exponential. Each loss is given twice: as it is, and calibrated,
 with the logits divided by the temperature that suits the model and the set best. That takes away whatever a
-model gains from smoothing alone. (It is one number, fitted to 65,000 tokens: too few to overfit with.)
+model gains from smoothing alone. (One number fitted to 65,000 tokens cannot overfit.)
 """
 import json
 import math
@@ -29,6 +29,11 @@ from model import SIZES, autocast, load_checkpoint, pick_device
 
 # ---- one model ---------------------------------------------------------------
 
+IN, OUT = "in_domain", "ood/"                                # how names of metrics begin; before them stands
+KINDS = PLAIN, CALIBRATED = "", "calibrated/"                # nothing, or this
+TEMPERATURES = (0.8, 0.87, 1.0, 1.2, 1.4)
+
+
 def evaluate(model, data_dir, windows=512, items=500):
     """
     -> {name: x}, over at most `windows` windows of each set and `items` items of the task:
@@ -36,7 +41,7 @@ def evaluate(model, data_dir, windows=512, items=500):
     calibrated/in_domain, calibrated/...   the same, calibrated
     accuracy/brackets                      share of the items, where the corpus has the task
 
-    The model runs in the dtype that training has by default on its device, also if it was trained in another.
+    The model runs in the dtype that training has by default on its device, even if it was trained in another.
     """
     metrics = {}
     for name, path in evaluation_sets(data_dir).items():
@@ -70,7 +75,7 @@ def read_windows(path, block_size, most):
 @torch.no_grad()
 def token_losses(model, rows, temperatures=(1.0,)):
     """Rows of ids (N, T + 1) -> each token's loss in nats, at K temperatures: (K, N, T)."""
-    device, losses = next(model.buffers()).device, []
+    device, losses = next(model.buffers()).device, []        # a Table has no parameters
     _, dtype = pick_device(str(device))
     for part in rows.split(max(1, 2**19 // (rows.size(1) * model.config.vocab_size))):   # logits fit a cache
         x, y = part[:, :-1].to(device), part[:, 1:].to(device)
@@ -79,9 +84,6 @@ def token_losses(model, rows, temperatures=(1.0,)):
         at_each = [F.cross_entropy(logits.float() / t, y.flatten(), reduction="none") for t in temperatures]
         losses.append(torch.stack(at_each).view(-1, *y.shape).cpu())
     return torch.cat(losses, dim=1)
-
-
-TEMPERATURES = (0.8, 0.87, 1.0, 1.2, 1.4)
 
 
 def calibrated(losses):
@@ -101,10 +103,15 @@ def accuracy(model, encoding, items):
         for choice in map(encoding.encode_ordinary, item["choices"]):
             rows.append(torch.tensor([*context, *choice][-model.config.block_size - 1:]))
             lengths.append(len(choice))
-    losses, = token_losses(model, pad_sequence(rows, batch_first=True))      # padding on the right is unseen
+    losses, = token_losses(model, pad_sequence(rows, batch_first=True))      # padding is on the right, unseen
     scores = [loss[len(row) - 1 - n:len(row) - 1].sum() for loss, row, n in zip(losses, rows, lengths)]
     likeliest = torch.stack(scores).view(len(items), -1).argmin(1).tolist()
     return np.mean([choice == item["label"] for choice, item in zip(likeliest, items)])
+
+
+def metric(metrics, beginning):
+    """The mean of the metrics whose names start with `beginning`; nan if there is none."""
+    return np.mean([x for name, x in metrics.items() if name.startswith(beginning)] or [math.nan])
 
 
 def print_table(models, data_dir, windows):
@@ -129,8 +136,6 @@ def print_table(models, data_dir, windows):
 #  training, "teacher_flops": of its teacher's forward passes, "seconds": 39.8, "metrics": {of evaluate()}}
 
 KEYS = ("model", "seed", "teacher", "teacher_seed", "alpha")                 # which model a row is of
-IN, OUT = "in_domain", "ood/"            # how names of metrics begin; "outside" is the mean of the ood sets
-KINDS = PLAIN, CALIBRATED = "", "calibrated/"                                # and what stands before them
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond them the last, a little too wide
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -152,7 +157,7 @@ def model_name(size, tokens):
 
 
 def read_rows(path, setup=None):
-    """The rows of a results.jsonl, all of this setup, or of that of the first row; [] without a file."""
+    """The rows of a results.jsonl, which must share `setup` (default: the first row's); [] without a file."""
     rows = []
     lines = Path(path).read_bytes().splitlines() if os.path.exists(path) else []
     for number, line in enumerate(lines, 1):
@@ -172,11 +177,6 @@ def read_rows(path, setup=None):
     return rows
 
 
-def metric(metrics, beginning):
-    """The mean of the metrics whose names begin so; nan if there is none."""
-    return np.mean([x for name, x in metrics.items() if name.startswith(beginning)] or [math.nan])
-
-
 def interval(x):
     """One value a seed -> their mean, and the margin of its 95 % t-interval."""
     if len(x) == 1:
@@ -187,20 +187,15 @@ def interval(x):
 def show(x, digits=3):
     """One value a seed -> '+0.012 ± 0.003', the mean alone for a single seed."""
     center, margin = interval(x)
-    return f"{center:+.{digits}f}" + (f" ± {margin:.{digits}f}" if len(x) > 1 else "")
+    return f"{round(center, digits) + 0.0:+.{digits}f}" + (f" ± {margin:.{digits}f}" if len(x) > 1 else "")
 
 
 def judge(x):
-    """The verdict on a claim that holds where x, one value a seed, is above 0."""
+    """One value a seed -> the verdict: is their 95 % interval above 0, below it, or across it?"""
     center, margin = interval(x)
     if len(x) < 3:
         return "too few seeds"
     return "reproduced" if center > margin else "not reproduced" if center < -margin else "undecided"
-
-
-def mean(arrays):
-    """The mean of arrays of one value a seed, seed by seed."""
-    return np.mean(np.stack(list(arrays)), axis=0)
 
 
 def best_alpha(gains):
@@ -238,24 +233,26 @@ def study(rows, student):
     def gain(which, name):
         return losses("alone", name) - losses(which, name)
     rate = {kind: gain("twice", kind + OUT).mean() / gain("twice", kind + IN).mean() for kind in KINDS}
-    models, teachers = next(iter(complete.values())), []
+    first, teachers = next(iter(complete.values())), []
+
+    def by_alpha(teacher, name):                             # -> (alphas, seeds)
+        return np.array([gain((teacher, alpha), name) for alpha in alphas])
     for name in names:
-        t = SimpleNamespace(name=name, size=parse_model(name)[0], tokens=parse_model(name)[1],
-                            worse=-gain(name, IN).mean(),    # than the student alone, in domain
-                            at={alpha: gain((name, alpha), OUT) for alpha in alphas},
-                            inside={}, outside={}, beyond={})
-        for kind in KINDS:
-            best = best_alpha(np.array([gain((name, alpha), kind + OUT) for alpha in alphas]))
-            def at_best(which_metric):
-                return np.array([gain((name, alphas[a]), which_metric)[i] for i, a in enumerate(best)])
-            t.inside[kind], t.outside[kind] = at_best(kind + IN), at_best(kind + OUT)
-            t.beyond[kind] = t.outside[kind] - rate[kind] * t.inside[kind]   # less what text would give
-            if kind == PLAIN:
-                t.alpha = ", ".join(f"{alphas[a]:g}" for a in sorted({*best}))
-                t.accuracy = -100 * at_best("accuracy/")     # points gained in the task
-        # the gain of more text (at most twice) for the FLOPs of its forward passes, and of its training too
-        forward, training = models[name, alphas[0]]["teacher_flops"], models[name]["flops"]
-        t.as_text = [gain("twice", OUT) * math.log2(min(1 + flops / models["alone"]["flops"], 2))
+        best = {kind: (best_alpha(by_alpha(name, kind + OUT)), range(len(complete))) for kind in KINDS}
+        t = SimpleNamespace(
+            name=name, size=parse_model(name)[0], tokens=parse_model(name)[1],
+            worse=-gain(name, IN).mean(),                    # than the student alone, in domain
+            at=dict(zip(alphas, by_alpha(name, OUT))),       # gain outside at each alpha; at the best one:
+            inside={kind: by_alpha(name, kind + IN)[best[kind]] for kind in KINDS},
+            outside={kind: by_alpha(name, kind + OUT)[best[kind]] for kind in KINDS},
+            accuracy=-100 * by_alpha(name, "accuracy/")[best[PLAIN]],        # points gained in the task
+            alpha=", ".join(f"{alphas[a]:g}" for a in sorted({*best[PLAIN][0]})))
+        # how much more outside than text that gains as much in domain
+        t.beyond = {kind: t.outside[kind] - rate[kind] * t.inside[kind] for kind in KINDS}
+        # the teacher's forward passes, and its training too, as text: r times as much, of which twice gains
+        # `twice`, gains log2(r) of that; at most twice
+        forward, training = first[name, alphas[0]]["teacher_flops"], first[name]["flops"]
+        t.as_text = [gain("twice", OUT) * math.log2(min(1 + flops / first["alone"]["flops"], 2))
                      for flops in (forward, forward + training)]
         teachers.append(t)
     teachers.sort(key=lambda t: -t.worse)
@@ -270,13 +267,14 @@ def study(rows, student):
         own_teachers=len({teacher_seed[seed] for seed in complete}) == len(complete) > 1)
 
 
-# ---- the four rules: study -> what is above 0 if the claim holds, and what was seen; or None --------------
+# ---- the four rules: study -> what is above 0 if the claim holds, and the evidence; or None ---
 
 def weak_teacher_helps(s):
     """Networks worse in domain than the student alone: their mean gain outside is above 0."""
     if not s.weak:
         return None
-    gain, pure = mean(t.outside[PLAIN] for t in s.weak), mean(t.at[s.alphas[-1]] for t in s.weak)
+    gain = np.mean([t.outside[PLAIN] for t in s.weak], 0)
+    pure = np.mean([t.at[s.alphas[-1]] for t in s.weak], 0)
     return gain, (f"Weak networks bring {show(gain)} outside at their best alpha, {show(pure)} at alpha "
                   f"{s.alphas[-1]:g}.")
 
@@ -298,18 +296,18 @@ def generalisation_first(s):
     """Students of weak networks gain more outside than from text that gains as much in domain."""
     if not s.weak:
         return None
-    beyond = (f"{name} {show(mean(t.beyond[PLAIN] for t in group))} (calibrated "
-              f"{show(mean(t.beyond[CALIBRATED] for t in group))})" for name, group in s.groups)
-    return mean(t.beyond[PLAIN] for t in s.weak), (
-        f"More text brings {s.rate[PLAIN]:.2f} nats outside for each nat in domain. Beyond that: "
-        f"{', '.join(beyond)}.")
+    beyond = [[np.mean([t.beyond[kind] for t in group], 0) for kind in KINDS] for _, group in s.groups]
+    seen = (f"{name} {show(plain)} (calibrated {show(calibrated)})"
+            for (name, _), (plain, calibrated) in zip(s.groups, beyond))
+    return beyond[0][0], (f"More text brings {s.rate[PLAIN]:.2f} nats outside for each nat in domain. Beyond "
+                          f"that: {', '.join(seen)}.")
 
 
 def more_than_smoothing(s):
     """Calibrated, weak networks gain more outside than the best table, or than nothing if that harms."""
     if not s.weak or not s.tables:
         return None
-    gain = mean(t.outside[CALIBRATED] for t in s.weak)
+    gain = np.mean([t.outside[CALIBRATED] for t in s.weak], 0)
     table = max((t.outside[CALIBRATED] for t in s.tables), key=np.mean)      # chosen in favour of the tables
     more, rival = (gain - table, "the table") if table.mean() > 0 else (gain, "no teacher")
     return more, (f"Calibrated, weak networks bring {show(gain)} outside, the best table {show(table)}: "
@@ -323,9 +321,9 @@ CLAIMS = {"A weak teacher helps": weak_teacher_helps,
 
 
 def findings(s):
-    """study -> [(claim, verdict, what was seen)]."""
+    """study -> [(claim, verdict, evidence)]."""
     found = {claim: rule(s) for claim, rule in CLAIMS.items()}
-    return [(claim, judge(seen[0]), seen[1]) if seen else (claim, "not tested", "No such teachers.")
+    return [(claim, judge(seen[0]), seen[1]) if seen else (claim, "not tested", "These teachers cannot.")
             for claim, seen in found.items()]
 
 
@@ -346,7 +344,7 @@ def write_report(rows, out):
             draw(s, f"{out}/findings_{student}.png")
             text += f"\n![the findings](findings_{student}.png)\n"
         except Exception as e:                               # no matplotlib, or one that is set up wrong
-            text += f"\nNo figure ({type(e).__name__}: {e}); it takes pip install matplotlib.\n"
+            text += f"\nNo figure ({type(e).__name__}: {e}). It needs pip install matplotlib.\n"
     Path(out, "report.md").write_text(text, encoding="utf-8")
     return text
 
@@ -358,19 +356,20 @@ def report(s):
         text += f"{i}. **{claim}: {verdict}.** {seen}\n"
     text += f"""
 Alone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. Gains are over the
-student alone of the same seed, at the alpha that does best on {"the other seeds" if s.seeds[1:] else "it"}.
-± is a 95 % t-interval over seeds, {"each with its own" if s.own_teachers else "given these"} teachers.
-As text: the gain outside if the teacher's compute bought the student alone more text (at most twice) instead.
+student alone of the same seed, at the alpha that gains most outside (calibrated: most once calibrated) on
+{"the other seeds" if s.seeds[1:] else "that seed, which flatters it"}. ± is a 95 % t-interval over seeds,
+{"each with its own" if s.own_teachers else "given these"} teachers; what text brings is taken as known.
+As text: what the student alone would gain outside if that compute bought more text, at most twice as much.
 
 | teacher | worse in domain | best alpha | gain in domain | gain outside | calibrated \
-| its forward passes as text | its training too |
+| forward passes as text | training included |
 |---|---|---|---|---|---|---|---|
 """
     for t in s.teachers:
         gains = t.inside[PLAIN], t.outside[PLAIN], t.outside[CALIBRATED], *t.as_text
         text += f"| {t.name} | {t.worse:+.3f} | {t.alpha} | {' | '.join(map(show, gains))} |\n"
     if not np.isnan(s.teachers[0].accuracy).any():           # a corpus with a task
-        points = (f"{name} {show(mean(t.accuracy for t in group), 1)}" for name, group in s.groups)
+        points = (f"{name} {show(np.mean([t.accuracy for t in group], 0), 1)}" for name, group in s.groups)
         text += f"\nPoints of accuracy in the task: {', '.join(points)}.\n"
     return text
 
@@ -390,7 +389,7 @@ def draw(s, file):
     for alpha, color, marker in zip(s.alphas, colors, "osD^v<>" * 9):
         points(first, range(len(s.teachers)), [t.at[alpha] for t in s.teachers], label=f"alpha {alpha:g}",
                marker=marker, color=color)
-    top = max(gain.mean() for t in s.teachers for gain in t.at.values())
+    top = max(0.01, *(gain.mean() for t in s.teachers for gain in t.at.values()))
     first.set_ylim(-2.2 * top, 1.5 * top)
     boundary = sum(t.worse > 0 for t in s.teachers) - 0.5
     first.axvline(boundary, color="0.7", lw=0.8)

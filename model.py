@@ -6,13 +6,14 @@ is the weakest of teachers, a unigram or bigram model, which only counts.
 
 The architecture of "Strong Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), which
 adopts Llama 3's (2407.21783): RMSNorm before each half of a layer (1910.07467), rotary positions
-(2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases. Ours is smaller: the head
-is tied to the embedding.
+(2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases. Unlike there, the head is
+tied to the embedding, as our models are small.
 """
 import json
 import math
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -127,7 +128,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids (B, T) -> logits (B, T, V). Parameters have the names of transformers' LlamaForCausalLM."""
+    """Token ids (B, T) -> logits (B, T, V). Parameters are named as in transformers' LlamaModel."""
 
     def __init__(self, config):
         super().__init__()
@@ -148,23 +149,20 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if residual else 0.02)
 
     def hidden(self, idx):
-        """Ids (B, T) -> final, normed hidden states (B, T, C): what the fused loss takes, which never holds
-        all logits. T is at most block_size."""
+        """Ids (B, T <= block_size) -> final hidden states (B, T, C), after the norm: what the losses take."""
         T = idx.size(1)
         assert T <= self.config.block_size, f"{T} tokens do not fit the context of {self.config.block_size}"
         x = self.embed_tokens(idx)                                           # (B, T, C)
-        cos, sin = self.cos[:T].to(x.dtype), self.sin[:T].to(x.dtype)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, self.cos[:T], self.sin[:T])
         return self.norm(x)
 
     def forward(self, idx):
-        """Ids (B, T) -> logits (B, T, V)."""
         return self.lm_head(self.hidden(idx))
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """idx (B, T) -> (B, T + max_new_tokens), sampled from the top_k likeliest; 0: greedy."""
+        """idx (B, T) -> (B, T + max_new_tokens), sampled from the top_k likeliest; temperature 0: greedy."""
         for _ in range(max_new_tokens):
             logits = self(idx[:, -self.config.block_size:])[:, -1] / max(temperature, 1e-5)  # (B, V)
             if top_k is not None:
@@ -185,10 +183,10 @@ class Table(nn.Module):
 
     def count(self, tokens):
         """
-        Count the ids (N,). Unigram: counts + 1/2. Bigram, by Witten and Bell (1991), for a last token a that
-        came n(a) times, with u(a) different followers: P(b|a) = (n(ab) + u(a) P(b)) / (n(a) + u(a)).
+        Count the ids (N,), int64. Unigram: counts + 1/2. Bigram, by Witten and Bell (1991), for a last token
+        a that occurs n(a) times, with u(a) different followers: P(b|a) = (n(ab) + u(a) P(b)) / (n(a) + u(a)).
         """
-        V, tokens = self.config.vocab_size, torch.as_tensor(tokens, dtype=torch.int64)
+        V = self.config.vocab_size
         unigram = tokens.bincount(minlength=V).double() + 0.5
         probs = (unigram / unigram.sum()).expand(V, V)
         if self.config.counts == 2:
@@ -198,7 +196,6 @@ class Table(nn.Module):
         self.log_probs.copy_(probs.log())
 
     def forward(self, idx):
-        """Ids (B, T) -> log-probabilities of the next id (B, T, V)."""
         return self.log_probs[idx]
 
     generate = GPT.generate
@@ -207,8 +204,8 @@ class Table(nn.Module):
 def flops_per_token(config):
     """
     FLOPs of a forward pass per token at full context: 2 for each weight of a matrix product and 4 T C a layer
-    for attention, the causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); none for a table. With
-    the backward pass three times that.
+    for attention, the causal mask not deducted (PaLM, arXiv 2204.02311, appendix B); none for a table.
+    Training takes three times that, with the backward pass.
     """
     if config.counts:
         return 0
@@ -261,7 +258,7 @@ def save_checkpoint(path, model, **extra):
 def load_checkpoint(path, device="cpu", tokenizer=None):
     """
     -> (model in eval mode, the extra values). Unpickles tensors and plain values only. Raises UserError, also
-    if the model is of another tokenizer.
+    if the model was trained with another tokenizer.
     """
     if not os.path.isfile(path):
         raise UserError(f"no checkpoint at {path}: train one with distill.py, or give the path of a .pt file")
@@ -304,13 +301,11 @@ def to_hf(path, folder, data_dir):
                                             eos_token=END_OF_TEXT, model_max_length=c.block_size)
     llama.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # 5.x writes both in a form that 4.x does not know, and would replace by its defaults
+    # 5.x writes both in a form that 4.x cannot read, and would replace by its defaults
     for file, known in (("config.json", {"rope_theta": ROPE_THETA}),
                         ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})):
-        with open(f"{folder}/{file}") as f:
-            settings = json.load(f)
-        with open(f"{folder}/{file}", "w") as f:
-            json.dump({**settings, **known}, f, indent=2)
+        path = Path(folder, file)
+        path.write_text(json.dumps({**json.loads(path.read_text()), **known}, indent=2))
 
 
 def main():

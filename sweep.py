@@ -25,7 +25,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from tqdm import tqdm
 
-from data import UserError, load_meta, make_parser, note_repeats, prepare, run_main, whole_number
+from data import UserError, load_meta, make_parser, note_repeats, prepare, run_main
 from distill import Config, list_of_numbers, settings_of, train
 from eval import (IN, KEYS, OUT, evaluate, evaluation_sets, metric, model_name, parse_model, read_rows,
                   write_report)
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def keys(self):
-        """The rows it makes, as KEYS."""
+        """The KEYS of the rows it makes."""
         teacher, teacher_seed = (self.teacher.model, self.teacher.seed) if self.teacher else (None, None)
         return [(self.model, self.seed, teacher, teacher_seed, alpha) for alpha in self.alphas]
 
@@ -98,7 +98,7 @@ class Run:
         return 3 * forward(self), forward(self.teacher) if self.teacher else 0
 
     def evaluation(self, scale):
-        """Evaluating takes about as long as training on so many tokens."""
+        """How many training tokens take as long as its evaluation, roughly."""
         return 3 * scale.windows * Config(**scale.training).block_size
 
     def work(self, scale):
@@ -155,7 +155,7 @@ def train_and_evaluate(run, scale, data, out, device):
 
 
 def setup(scale, data, device):
-    """What determines a row's metrics, but for which model it is of: rows of two setups are not compared."""
+    """What determines a row's metrics, apart from which model it is; rows of two setups are not compared."""
     config = Config(**scale.training)
     settings = settings_of(config, load_meta(data), pick_device(device, config.dtype)[1], None)
     of_the_row = "size", "tokens", "seed", "teacher", "alpha"
@@ -165,7 +165,7 @@ def setup(scale, data, device):
 
 def line_of(run, rows):
     """
-    's@1.5M alone, seed 1: loss 2.947 in domain, 3.477 outside', or of a run with a teacher
+    's@1.5M alone, seed 1: loss 2.947 in domain, 3.477 outside', or, for a run with a teacher,
     'xs@2M (0.27 nats worse) -> s@1.5M, seed 1: outside +0.045 at alpha 0.25, -0.186 at alpha 1'
     """
     inside, outside = ([metric(rows[key]["metrics"], where) for key in run.keys] for where in (IN, OUT))
@@ -231,11 +231,6 @@ def sweep(scale, data, out, jobs, device):
     return [*rows.values()]
 
 
-def whole_numbers(text):
-    """'1,2' -> (1, 2)."""
-    return tuple(map(whole_number, text.split(",")))
-
-
 def main():
     """Run the sweep that the command line asks for and report, or only report, or only print its cost."""
     parser = make_parser(__doc__)
@@ -244,7 +239,7 @@ def main():
     parser.add_argument("--teachers", metavar="MODEL,MODEL", help="instead of the scale's, in this order")
     parser.add_argument("--alphas", metavar="A,A", type=list_of_numbers,
                         help="instead of the scale's, such as 0.25,1")
-    parser.add_argument("--seeds", metavar="N,N", type=whole_numbers,
+    parser.add_argument("--seeds", metavar="N,N", type=list_of_numbers,
                         help="instead of the scale's, such as 1,2,3")
     parser.add_argument("--out", metavar="DIR", help="results and checkpoints (default: out/SCALE)")
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
@@ -257,7 +252,7 @@ def main():
         return print(write_report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
-                    alphas=args.alphas or scale.alphas, seeds=args.seeds or scale.seeds)
+                    alphas=args.alphas or scale.alphas, seeds=[*map(int, args.seeds or scale.seeds)])
     if "RANK" in os.environ:
         raise UserError("sweep.py cannot run under torchrun: run python sweep.py")
     runs = plan(scale)
@@ -271,7 +266,8 @@ def main():
             total += flops
             print(f"{run.name:48} {len(run.alphas)} x {run.model:12} {flops:9.2e} FLOPs")
         hours = sum(run.work(scale) for run in runs) / scale.speed / 3600
-        return print(f"{len(runs)} runs, {total:.2e} FLOPs: about {hours:,.1f} hours at {scale.speed:.1e} FLOP/s")
+        return print(f"{len(runs)} runs, {total:.2e} FLOPs; with overhead about {hours:,.1f} hours at "
+                     f"{scale.speed:.1e} FLOP/s")
     start, out = time.perf_counter(), args.out or f"out/{args.scale}"
     data = args.data or f"data/{scale.corpus}"
     if not args.data and scale.corpus == "python":

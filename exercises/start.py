@@ -2,17 +2,17 @@
 Give the checkpoints that the exercises start from short names:
 
     python exercises/start.py          # in the folder of distill.py, after python sweep.py
-    python exercises/start.py 42       # the same, for the students of another seed
+    python exercises/start.py 52       # the same, for the students of another seed
 """
 import shutil
 import sys
 
-seed = int(sys.argv[1]) if len(sys.argv) > 1 else 41
+seed = int(sys.argv[1]) if len(sys.argv) > 1 else 51
 student = f"s@1.5M_seed_{seed}"
-names = {"alone": student, "twice": f"s@3M_seed_{seed}", "other": f"s@1.5M_seed_{42 if seed == 41 else 41}",
+names = {"alone": student, "twice": f"s@3M_seed_{seed}", "other": f"s@1.5M_seed_{52 if seed == 51 else 51}",
          "bigram": "bigram@8M_seed_1000", "weak": "xs@2M_seed_1000", "strong": "s@8M_seed_1000"}
 for teacher in ("bigram", "weak", "strong"):
-    for alpha in ("0.1", "0.25", "1"):
+    for alpha in ("0.1", "0.25", "0.5", "1"):
         names[f"from_{teacher}_{alpha}"] = f"{student}_from_{names[teacher]}/alpha_{alpha}"
 missing = 0
 for name, run in names.items():
