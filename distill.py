@@ -147,7 +147,7 @@ def train(config, show_progress=True):
     teacher_forward = maybe_compile(teacher.forward) if teacher else None
     students = [Student(shape, alpha, config, device, dtype, maybe_compile) for alpha in config.alpha]
     first_step, log = state["step"], open(f"{config.out}/log.jsonl" if rank == 0 else os.devnull, "w")
-    log.write(state["log"])                                  # without the lines of steps after the saved one
+    print(state["log"], end="", file=log, flush=True)        # without the lines of steps after the saved one
     for student, saved in zip(students, state["students"]):  # none in a new run
         for part, values in zip(student.parts, saved):
             part.load_state_dict(values)
@@ -194,7 +194,7 @@ def train(config, show_progress=True):
         now = time.perf_counter()
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and now - saved_at > config.save_every
-        if logging or saving:                                # NaN stays in weights; in float16 the scale falls
+        if logging or saving:                                # NaN stays in weights; float16's scale falls
             sound = all(p.isfinite().all() for student in students for p in student.model.parameters())
             if not sound or any(student.scaler.get_scale() < 1 for student in students):
                 raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning "

@@ -1,14 +1,13 @@
 """
 Every promise of the other files, checked: python -m pytest -q
 
-Where somebody else has written the same thing, that is what we compare with: torch's own losses and FLOP
-counter, tiktoken's educational byte-pair encoder, transformers' Llama. Otherwise a plain version stands here,
-or a property.
+What others have written we compare with: torch's own losses and FLOP counter, tiktoken's educational
+encoder, transformers' Llama. Otherwise a plain version stands here, or a property.
 """
 import dataclasses
 import functools
 import http.server
-import importlib
+import importlib.util
 import io
 import json
 import math
@@ -18,7 +17,6 @@ import random
 import runpy
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -41,20 +39,14 @@ import sweep
 
 HERE = Path(__file__).parent
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
-CUDA = torch.cuda.is_available()
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch, request):
     """Where there is a GPU, --device auto takes it only in the tests that need it."""
-    if "needs_cuda" not in request.fixturenames:
+    if not request.node.get_closest_marker("skipif"):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-@pytest.fixture
-def needs_cuda():
-    if not CUDA:
-        pytest.skip("needs a GPU")
 
 
 def poem(verses):
@@ -93,13 +85,17 @@ def config(corpus, out, **more):
     return distill.Config(data=corpus, out=str(out), **{**small, **more})
 
 
+def flags(config):
+    """The command line of a Config."""
+    return [f"--{name}=" + json.dumps(value).strip('[]"') for name, value in vars(config).items()]
+
+
 @pytest.fixture(scope="session")
 def trained(corpus, tmp_path_factory):
-    """Checkpoints: a teacher, and below one folder students from it at alpha 0, 0.25 and 1, of two seeds."""
+    """Checkpoints: a teacher, and below one folder students from it at alpha 0, 0.25 and 1."""
     folder = tmp_path_factory.mktemp("trained")
     teacher, = distill.train(config(corpus, folder / "teacher", size="s", seed=9, tokens=16384))
-    for seed in (1, 2):
-        distill.train(config(corpus, folder / str(seed), seed=seed, teacher=teacher, alpha=(0.0, 0.25, 1.0)))
+    distill.train(config(corpus, folder / "run", teacher=teacher, alpha=(0.0, 0.25, 1.0)))
     return folder
 
 
@@ -136,17 +132,12 @@ def tiny(n_kv_head=2, vocab_size=61):
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 4])
-def test_exported_folder_is_transformers_llama(n_kv_head, corpus, tmp_path, monkeypatch, capsys):
+def test_exported_folder_is_transformers_llama(n_kv_head, corpus, tmp_path):
     transformers = pytest.importorskip("transformers")
     m, meta = tiny(n_kv_head, 300), data.load_meta(corpus)
     model.save_checkpoint(tmp_path / "m.pt", m, settings={"tokenizer": meta["tokenizer"]})
-    argv = ["--to_hf", tmp_path / "m.pt", tmp_path / "hf", "--data", corpus]
-    code, out, err = call(model.main, argv, monkeypatch, capsys)
-    assert code == 0, err
+    model.to_hf(str(tmp_path / "m.pt"), str(tmp_path / "hf"), corpus)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    for file, name, value in (("config.json", "rope_theta", 500_000),              # what 4.x looks for
-                              ("tokenizer_config.json", "tokenizer_class", "PreTrainedTokenizerFast")):
-        assert json.loads((tmp_path / "hf" / file).read_text())[name] == value
     idx = torch.randint(300, (3, 24))
     with torch.no_grad():
         assert torch.allclose(m(idx), theirs(idx).logits, atol=1e-4)
@@ -178,7 +169,7 @@ def test_tables_equal_a_count_by_hand(corpus, tmp_path):
     for size in ("unigram", "bigram"):
         path, = distill.train(config(corpus, tmp_path / size, size=size, tokens=9000))
         table, _ = model.load_checkpoint(path)
-        probs = table(torch.arange(300)[None])[0].exp().double()             # (last token, next token)
+        probs = table(torch.arange(300)[None])[0].exp().double()
         assert torch.allclose(probs.sum(-1), torch.ones(300).double(), atol=1e-5) and (probs > 0).all()
         for last in range(300):
             n = sum(pairs[last, j] for j in range(300))
@@ -186,9 +177,6 @@ def test_tables_equal_a_count_by_hand(corpus, tmp_path):
             for i in range(0, 300, 7):
                 bigram = share * pairs[last, i] / n + (1 - share) * unigram[i] if n else unigram[i]
                 assert abs(probs[last, i] - (bigram if size == "bigram" else unigram[i])) < 1e-6
-    distill.train(config(corpus, tmp_path / "taught", teacher=path, alpha=(1.0,)))
-    losses = [line["kl"][0] for line in log_of(tmp_path / "taught")]
-    assert losses[-1] < losses[0] - 0.3                        # it learns what the table says
 
 
 @pytest.mark.parametrize("size", [size for size in model.SIZES if "gram" not in size])
@@ -224,7 +212,7 @@ def naive_bpe(text, vocab_size, pattern):
     return ranks
 
 
-def test_bpe_merges_equal_counting_anew_and_encode_as_tiktoken_says(monkeypatch):
+def test_bpe_merges_equal_counting_anew_and_encode_as_tiktoken_says():
     from tiktoken._educational import SimpleBytePairEncoding
     code, draw = (HERE / "data.py").read_text(), random.Random(0)
     texts = ["", "a", "abab" * 100, code[:9000]]
@@ -238,39 +226,29 @@ def test_bpe_merges_equal_counting_anew_and_encode_as_tiktoken_says(monkeypatch)
     for sample in (code, (HERE / "model.py").read_text(), "naïve 漢字 \x00\r\n\t  x  ", ""):
         ids = encoding.encode_ordinary(sample)
         assert ids == plain.encode(sample, visualise=None) and encoding.decode(ids) == sample
-    monkeypatch.setattr(data, "BPE_WORDS", 500)               # the text as far as it has so many bytes
-    words = regex.findall(data.PATTERN, code)
-    most = next(n for n in range(len(words)) if sum(len(word) for word in set(words[:n])) > 500) - 1
-    assert data.train_bpe(code, 300) == naive_bpe("".join(words[:most]), 300, data.PATTERN)
-
-
-def documents_of(folder, name):
-    """The documents of a .bin, decoded."""
-    encoding, ids = data.load_tokenizer(folder), data.load_tokens(f"{folder}/{name}.bin")
-    assert ids[-1] == encoding.eot_token
-    return encoding.decode(ids.tolist()).split(data.END_OF_TEXT)[:-1]
 
 
 @pytest.mark.parametrize("ends", ["\n\n", " "])
-def test_prepare_keeps_every_document_and_its_counts(tmp_path, ends):
+def test_prepare_keeps_every_document_and_its_counts(corpus, tmp_path, ends):
     text = ends.join(f"paragraph {i} " + "x é 漢 " * (i % 50) for i in range(2000))   # also all in one line
     (tmp_path / "a.txt").write_text(text, encoding="utf-8")
     (tmp_path / "b.txt").write_text("other text " * 1000)
     out, files = str(tmp_path / "out"), ([str(tmp_path / "a.txt")], {"b": str(tmp_path / "b.txt")})
-    meta = data.prepare("text", out, 280, *files)
-    train, val = documents_of(out, "train"), documents_of(out, "val")
+    shutil.copytree(corpus, out)                              # what an unfinished one leaves does not count
+    Path(out, "meta.json").unlink()
+    meta, documents = data.prepare("text", out, 280, *files), {}
+    assert [*evaluation.evaluation_sets(out)] == ["in_domain", "ood/b"] and not meta["tasks"]
+    for name, known in meta["sets"].items():
+        ids = np.fromfile(f"{out}/{name}.bin", np.uint16).tolist()
+        *documents[name], rest = data.load_tokenizer(out).decode(ids).split(data.END_OF_TEXT)
+        assert rest == "" and known["documents"] == len(documents[name]) and known["tokens"] == len(ids)
     pieces = [piece for _, piece in data.pieces(tmp_path / "a.txt")]
-    assert sorted(train + val) == sorted(pieces) and "".join(pieces) == text
+    assert sorted(documents["train"] + documents["val"]) == sorted(pieces) and "".join(pieces) == text
     assert max(map(len, pieces)) <= 2002 and sum(len(piece) < 1000 for piece in pieces) <= 1
-    for name, s in meta["sets"].items():
-        docs = documents_of(out, name)
-        assert s["documents"] == len(docs) and s["tokens"] == len(data.load_tokens(f"{out}/{name}.bin"))
     assert data.prepare("text", out, 280, *files) == meta
-    before = {p.name: p.read_bytes() for p in Path(out).iterdir()}
     (tmp_path / "b.txt").write_text("other text " * 1001)     # the same call, of a changed file
     with pytest.raises(data.UserError, match="a different corpus"):
         data.prepare("text", out, 280, *files)
-    assert before == {p.name: p.read_bytes() for p in Path(out).iterdir()}
 
 
 def test_split_moves_nothing_when_a_file_is_added():
@@ -297,8 +275,6 @@ def test_batches_are_a_function_of_seed_and_step(corpus):
     assert seen[:n] != seen[n:2 * n] and seen[:n] != windows and not torch.equal(other[0][0], b[0][0])
     for step in (2 * n // 3 - 1, 0, n // 3, 1):               # any order, also across the end of an epoch
         assert torch.equal(again[step][0], b[step][0])
-    large = data.Batches(path, 2 * n + 5, 16, seed=5)[0][0]   # a batch of more windows than there are
-    assert torch.equal(large[:3], b[0][0]) and Counter(map(tuple, large.tolist())).most_common(1)[0][1] >= 2
 
 
 def test_shards_from_a_server_become_a_corpus(tmp_path, monkeypatch):
@@ -309,24 +285,22 @@ def test_shards_from_a_server_become_a_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "FINEWEB", f"http://127.0.0.1:{server.server_port}/{{}}")
     monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: gpt2)
     in_domain, ood = data.python_documents()
-    assert {name.split("/")[0] for name, _ in in_domain} == {"stdlib", "torch"}
+    assert {name.split("/")[0] for name, _ in in_domain} == {"stdlib", "torch"} and all(ood.values())
     assert not any("_sysconfigdata" in name or "site-packages" in name for name, _ in in_domain)
-    assert all(ood.values())
     few = in_domain[:99], {name: documents[:9] for name, documents in ood.items()}
     monkeypatch.setattr(data, "python_documents", lambda: few)
-    rng, shards, out = np.random.default_rng(0), {}, str(tmp_path / "fine")
-    for name in ("train_000001", "train_000002", "val_000000"):
-        ids = rng.integers(0, gpt2.n_vocab, 3000).astype("<u2").tobytes()
-        shards[name] = np.array([20240520, 1, 3000] + [0] * 253, "<i4").tobytes() + ids
-        (tmp_path / name).write_bytes(shards[name])
-    (tmp_path / "train_000002").write_bytes(shards["train_000002"][:-1])
+    rng, header = np.random.default_rng(0), np.array([20240520, 1, 3000] + [0] * 253, "<i4").tobytes()
+    shards, out = {}, str(tmp_path / "fine")
+    for name in ("val_000000", "train_000001", "train_000002"):
+        shards[name] = rng.integers(0, gpt2.n_vocab, 3000).astype("<u2").tobytes()
+        (tmp_path / name).write_bytes(header + shards[name])
+    (tmp_path / name).write_bytes(header + shards[name][:-1])
     with pytest.raises(data.UserError, match="http.*train_000002.*truncated"):
         data.prepare("fineweb-edu", out, tokens=150_000_000)
-    (tmp_path / "train_000002").write_bytes(shards["train_000002"])
-    meta = data.prepare("fineweb-edu", out, tokens=150_000_000)
-    assert meta["sets"]["train"]["tokens"] == 6000 and meta["vocab_size"] == 50_304
-    ids = b"".join(shards[name][1024:] for name in ("train_000001", "train_000002"))
-    assert data.load_tokens(f"{out}/train.bin").tobytes() == ids
+    (tmp_path / name).write_bytes(header + shards[name])
+    assert data.prepare("fineweb-edu", out, tokens=150_000_000)["vocab_size"] == 50_304
+    ids = data.load_tokens(f"{out}/train.bin").tobytes()
+    assert ids == shards["train_000001"] + shards["train_000002"]
     server.shutdown()
 
 
@@ -334,7 +308,7 @@ def test_shards_from_a_server_become_a_corpus(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("chunk", [0, 1, 4, 256])             # 0: the plain loss; 4: a short last chunk
 @pytest.mark.parametrize("top_k", [0, 1, 4, 50])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("temperature", [1.0, 2.5], ids="temperature_{:g}".format)
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_loss_and_gradient_equal_torchs_own(alpha, temperature, top_k, chunk, monkeypatch):
     torch.manual_seed(0)
@@ -360,12 +334,6 @@ def test_loss_and_gradient_equal_torchs_own(alpha, temperature, top_k, chunk, mo
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(mine, theirs))
     loss.backward()
     assert t.grad is None                                     # the teacher is frozen
-    with torch.no_grad():                                     # and by finite differences
-        moved = torch.zeros_like(weight)
-        moved[3, 3] = 1e-2
-        up, down = (loss_fn(hidden, w, targets, alpha, t, temperature, top_k)[0]
-                    for w in (weight + moved, weight - moved))
-        assert abs((up - down).item() / 2e-2 - weight.grad[3, 3].item()) < 1e-3
     with torch.autocast("cpu", torch.bfloat16):               # and about so in low precision
         loss, ce, _ = loss_fn(hidden, weight, targets, alpha, t.bfloat16() if alpha else None, temperature,
                               top_k)
@@ -391,11 +359,8 @@ def log_of(folder):
     return [json.loads(line) for line in open(Path(folder, "log.jsonl"))]
 
 
-# two ways to the same gradients are compared after one large step, before rounding grows: Adam's first step
-# is about the sign of the gradient, and where that is nearly 0 rounding decides
+# two ways to the same gradients are compared after one large step, before rounding grows
 FEW_STEPS = dict(tokens=1024, log_every=1, lr=0.01, warmup=0.0)
-ARGS = ("--size xs --tokens 8192 --batch_size 4 --block_size 32 --lr 3e-3 --warmup 0.05 --compile false "
-        "--log_every 4 --device cpu").split()
 
 
 def assert_same_losses(one, two):
@@ -405,61 +370,54 @@ def assert_same_losses(one, two):
 
 
 def test_many_alphas_equal_one_at_a_time(corpus, trained, tmp_path):
-    teacher, log = trained / "teacher" / "ckpt.pt", log_of(trained / "1")
+    teacher, log = trained / "teacher" / "ckpt.pt", log_of(trained / "run")
     for alpha in (0.0, 0.25, 1.0):
         more = dict(teacher=str(teacher), alpha=(alpha,)) if alpha else {}
         alone, = distill.train(config(corpus, tmp_path / str(alpha), **more))
-        many = trained / "1" / f"alpha_{alpha:g}" / "ckpt.pt"
-        extra = model.load_checkpoint(many)[1]
+        many = trained / "run" / f"alpha_{alpha:g}" / "ckpt.pt"
         assert same(weights(alone), weights(many))            # and so a run repeats
-        assert extra["alpha"] == alpha and extra["settings"]["teacher"]["name"] == "s"
     assert log[-1]["ce"][0] < log[0]["ce"][0] - 0.5
     assert log[-1]["kl"][2] < log[-1]["kl"][1]                # pure distillation comes nearest to the teacher
 
 
 def test_a_finished_run_is_not_repeated_and_another_not_overwritten(corpus, trained, tmp_path):
     moved = str(shutil.copy(trained / "teacher" / "ckpt.pt", tmp_path / "moved"))
-    taught = config(corpus, trained / "1", teacher=moved, alpha=(0.0, 0.25, 1.0))  # the same by another name
+    taught = config(corpus, trained / "run", teacher=moved, alpha=(0.0, 0.25, 1.0))
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.pt")}
-    assert distill.train(taught) == [f"{trained}/1/alpha_{alpha}/ckpt.pt" for alpha in ("0", "0.25", "1")]
-    shutil.copy(trained / "2" / "alpha_1" / "ckpt.pt", moved)
-    for change in (dict(lr=1e-3), dict(teacher=moved), dict(alpha=(0.0, 0.5)), dict(alpha=(0.5,))):
+    assert distill.train(taught) == [f"{trained}/run/alpha_{alpha}/ckpt.pt" for alpha in ("0", "0.25", "1")]
+    teacher, extra = model.load_checkpoint(moved)
+    teacher.norm.weight.data += 1                             # another of the same settings
+    model.save_checkpoint(tmp_path / "other.pt", teacher, **extra)
+    for change in (dict(lr=1e-3), dict(alpha=(0.5,)), dict(teacher=f"{tmp_path}/other.pt")):
         with pytest.raises(data.UserError, match="other settings"):
             distill.train(dataclasses.replace(taught, **change))
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
-    one, two = (str(trained / "2" / f"alpha_{alpha}" / "ckpt.pt") for alpha in ("0.25", "1"))
-    student = config(corpus, tmp_path / "s", teacher=one, alpha=(0.5,), tokens=1024)
-    distill.train(student)                                    # two teachers of one run are two
-    with pytest.raises(data.UserError, match="other settings"):
-        distill.train(dataclasses.replace(student, teacher=two))
 
 
 def test_other_ways_to_the_same_gradients(corpus, trained, tmp_path, monkeypatch, capsys):
     """Batches that add up, the plain loss, torch.compile, two ranks."""
-    teacher = str(trained / "teacher" / "ckpt.pt")
+    some = functools.partial(config, corpus, teacher=str(trained / "teacher" / "ckpt.pt"), alpha=(0.3,),
+                             temperature=2.0, **FEW_STEPS)
     def run(name, **more):
-        more = dict(teacher=teacher, alpha=(0.3,), temperature=2.0, **FEW_STEPS) | more
-        return distill.train(config(corpus, tmp_path / name, **more))[0]
+        return weights(*distill.train(some(tmp_path / name, **more)))
     plain, reference = run("plain"), run("reference", fused=False)
     works = distill.compiler(torch.device("cpu"))(run) is not run
     fast = run("fast", compile=True)
     run("parts", batch_size=2, accumulate=2)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    flags = dict(FEW_STEPS, data=corpus, out=tmp_path / "ranks", teacher=teacher, alpha=0.3, temperature=2,
-                 batch_size=2, accumulate=2)
-    argv = [*ARGS, *(f"--{name}={value}" for name, value in flags.items())]
-    done = subprocess.run([*torchrun, "distill.py", *argv], cwd=HERE, capture_output=True, text=True,
+    argv = [*torchrun, "distill.py", *flags(some(tmp_path / "ranks", batch_size=2, accumulate=2))]
+    done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("next: python eval.py") == 1, done.stderr
     for name in ("reference", "fast", "parts", "ranks"):
         assert_same_losses(tmp_path / "plain", tmp_path / name)
-    assert not same(weights(plain), weights(reference))       # another way of reckoning, really taken
-    assert same(weights(plain), weights(fast)) != works
+    assert not same(plain, reference)                         # another way of reckoning, really taken
+    assert same(plain, fast) != works
     def broken(*_, **__):                                     # as inductor puts it
-        raise RuntimeError("C++ compile error\n\nCommand:\ng++ -O3\n\nOutput:\nld: cannot find -ltorch\nld: 2")
+        raise RuntimeError("C++ compile error\n\nCommand:\ng++\n\nOutput:\nld: cannot find -ltorch\nld: 2")
     monkeypatch.setattr(torch, "compile", broken)
     distill.compiler.cache_clear()
-    assert same(weights(run("none", compile=True)), weights(plain))
+    assert same(run("none", compile=True), plain)
     distill.compiler.cache_clear()
     assert "(RuntimeError: ld: cannot find -ltorch); using eager mode" in capsys.readouterr().err
 
@@ -478,67 +436,57 @@ def test_a_step_that_writes_no_log_line_asks_the_device_for_nothing(corpus, tmp_
     assert counts[0] == counts[1] > 0
 
 
-def test_teachers_of_transformers(corpus, trained, tmp_path, monkeypatch):
+def test_teachers_of_transformers(corpus, trained, made, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     def teach(name, data_dir, teacher):
         distill.train(config(data_dir, tmp_path / name, teacher=teacher, alpha=(0.5, 1.0), **FEW_STEPS))
     ours, exported = str(trained / "teacher" / "ckpt.pt"), str(tmp_path / "exported")
-    model.to_hf(ours, exported, corpus)                       # our export teaches as its checkpoint does
+    model.to_hf(ours, exported, corpus)
     teach("ours", corpus, ours), teach("theirs", corpus, exported)
     assert_same_losses(tmp_path / "ours", tmp_path / "theirs")
-    half = transformers.AutoModelForCausalLM.from_pretrained(exported).bfloat16()
-    half.save_pretrained(shutil.copytree(exported, tmp_path / "half"))       # saved in half precision
-    half = config(corpus, "", teacher=str(tmp_path / "half"))
-    teacher, _ = distill.load_teacher(half, data.load_meta(corpus), "cpu")
+    half, gpt2, padded = (str(shutil.copytree(folder, tmp_path / name)) for folder, name in (
+        (exported, "half"), (exported, "gpt2"), (corpus, "padded")))
+    transformers.AutoModelForCausalLM.from_pretrained(exported).bfloat16().save_pretrained(half)
+    teacher, _ = distill.load_teacher(config(corpus, "", teacher=half), data.load_meta(corpus), "cpu")
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-    half.alpha = (1.0,)
-    (tmp_path / "half" / "model.safetensors").write_text("version https://git-lfs\noid sha256:0\n")
-    with pytest.raises(data.UserError, match="transformers cannot load --teacher .*half: .*eader"):
-        distill.train(half)
-    # any corpus in GPT-2's tokens (here few of them), and a GPT-2, whose vocabulary is a little smaller
-    few = data.make_encoding(data.train_bpe(poem(3), 300), data.PATTERN)
-    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: few)
-    (tmp_path / "poem.txt").write_text(poem(200))
-    folder = str(tmp_path / "data")
-    meta = data.prepare("text", folder, "gpt2", [str(tmp_path / "poem.txt")])
-    assert meta["vocab_size"] == 50_304
-    path, = distill.train(config(folder, tmp_path / "plain", tokens=1024))
-    gpt2 = str(tmp_path / "gpt2")
-    model.to_hf(path, gpt2, folder)                           # for its tokenizer
-    shape = transformers.GPT2Config(vocab_size=50_257, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    Path(half, "model.safetensors").write_text("version https://git-lfs\noid sha256:0\n")
+    with pytest.raises(data.UserError, match="transformers cannot load --teacher .*half: "):
+        teach("pointer", corpus, half)
+    shape = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2,
+                                    bos_token_id=0, eos_token_id=0)
     transformers.GPT2LMHeadModel(shape).save_pretrained(gpt2)
-    teacher, known = distill.load_teacher(config(folder, "", teacher=gpt2), meta, "cpu")
+    meta = data.load_meta(corpus) | {"vocab_size": 304}       # as a corpus in GPT-2's tokens has a few more
+    Path(padded, "meta.json").write_text(json.dumps(meta))
+    teacher, known = distill.load_teacher(config(padded, "", teacher=gpt2), meta, "cpu")
     logits = teacher(torch.zeros(1, 8, dtype=torch.int64))
-    assert logits.shape == (1, 8, 50_304) and (logits[..., 50_257:] == -1e9).all() and known["name"] == gpt2
-    teach("taught", folder, gpt2)                             # which would stop at a NaN
+    assert logits.shape == (1, 8, 304) and (logits[..., 300:] == -1e9).all() and known["name"] == gpt2
+    teach("taught", padded, gpt2)                             # which would stop at a NaN
     with pytest.raises(data.UserError, match="does not give the tokens of"):
-        teach("wrong", corpus, gpt2)
+        teach("wrong", str(made / "other"), gpt2)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(data.UserError, match="pip install transformers"):
         teach("none", corpus, exported)
 
 
-def test_a_run_that_is_stopped_or_killed_ends_as_if_never_stopped(corpus, trained, tmp_path, monkeypatch):
-    teacher, whole = str(trained / "teacher" / "ckpt.pt"), trained / "1"
-    parts = config(corpus, tmp_path / "parts", teacher=teacher, alpha=(0.0, 0.25, 1.0), save_every=0)
-    state, plain = tmp_path / "parts" / "state.pt", distill.learning_rate
-    def stop(config, step):                                   # Ctrl-C, in the middle of a step
-        if step == 13:
-            raise KeyboardInterrupt
-        return plain(config, step)
-    monkeypatch.setattr(distill, "learning_rate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        distill.train(parts)
-    monkeypatch.setattr(distill, "learning_rate", plain)
+def interrupt(config, at):
+    """Train up to an error, in the middle of a step."""
+    rate = distill.learning_rate
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(distill, "learning_rate", lambda config, step: rate(config, step) / (step < at))
+        distill.train(config)
+
+
+def test_a_run_that_is_stopped_or_killed_ends_as_if_never_stopped(corpus, trained, tmp_path):
+    teacher, whole, state = str(trained / "teacher" / "ckpt.pt"), trained / "run", tmp_path / "state.pt"
+    parts = config(corpus, tmp_path, teacher=teacher, alpha=(0.0, 0.25, 1.0), save_every=0)
+    interrupt(parts, 13)
     saved = state.stat().st_mtime_ns
-    argv = [*ARGS, "--data", corpus, "--out", parts.out, "--teacher", teacher, "--alpha", "0,0.25,1",
-            "--save_every", "0"]
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "distill.py", *argv], cwd=HERE, env=env, stderr=-3)
+    process = subprocess.Popen([sys.executable, "distill.py", *flags(parts)], cwd=HERE, env=env, stderr=-3)
     while process.poll() is None and state.exists() and state.stat().st_mtime_ns == saved:
         time.sleep(0.001)                                     # until it has saved one more state
     process.kill()
-    assert process.wait() in (0, -signal.SIGKILL)
+    assert process.wait() in (0, -9)                          # no error came before
     with open(f"{parts.out}/log.jsonl", "a") as f:
         f.write('{"step": 2')                                 # killed in the middle of a line
     for path in distill.train(parts):
@@ -553,17 +501,14 @@ def test_a_loss_of_nan_stops_the_run_before_anything_is_saved(corpus, trained, t
     def breaks(*args, **more):
         calls.append(1)
         loss, ce, kl = plain(*args, **more)
-        return (loss * math.nan, ce, kl) if len(calls) == 21 else (loss, ce, kl)
+        return loss * (math.nan if len(calls) == 21 else 1), ce, kl
     monkeypatch.setattr(distill, "distill_loss", breaks)
     saving = config(corpus, tmp_path, save_every=0.0, log_every=1000)
     with pytest.raises(data.UserError, match=r"NaN or inf between steps 1 and 20 \(learning rate 0.0"):
         distill.train(saving)
     assert not (tmp_path / "ckpt.pt").exists()
-    calls.clear()                                             # seen at the last step, if nobody looks before
-    with pytest.raises(data.UserError, match=r"NaN or inf between steps 1 and 63 "):
-        distill.train(config(corpus, tmp_path / "late", log_every=1000))
     monkeypatch.setattr(distill, "distill_loss", plain)       # and the state that was saved before is good
-    assert same(weights(*distill.train(saving)), weights(trained / "1" / "alpha_0" / "ckpt.pt"))
+    assert same(weights(*distill.train(saving)), weights(trained / "run" / "alpha_0" / "ckpt.pt"))
     def overflows(z, *rest):                                  # float16 stops once its scale is used up
         return torch.zeros(()), torch.zeros(()), torch.full_like(z, math.inf)
     monkeypatch.setattr(distill, "chunk_loss", overflows)
@@ -573,9 +518,10 @@ def test_a_loss_of_nan_stops_the_run_before_anything_is_saved(corpus, trained, t
 
 # ---- on a GPU ----------------------------------------------------------------
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("taught", [True, False])
-def test_fused_loss_equals_the_plain_one_on_a_gpu(dtype, taught, needs_cuda, monkeypatch):
+def test_fused_loss_equals_the_plain_one_on_a_gpu(dtype, taught, monkeypatch):
     monkeypatch.setattr(distill, "CHUNK_BYTES", 7 * 500 * 4)  # seven tokens at a time
     torch.manual_seed(0)
     h, w = (torch.randn(*shape, device="cuda", requires_grad=True) for shape in ((4, 24, 64), (500, 64)))
@@ -590,28 +536,20 @@ def test_fused_loss_equals_the_plain_one_on_a_gpu(dtype, taught, needs_cuda, mon
         assert (one - other).norm() <= (1e-4 if dtype == torch.float32 else 0.02) * one.norm() + 1e-6
 
 
+@needs_cuda
 @pytest.mark.parametrize("dtype", ["auto", "float16", "float32"])
-def test_training_on_a_gpu_follows_the_cpu_and_resumes(dtype, corpus, tmp_path, needs_cuda, monkeypatch):
+def test_training_on_a_gpu_follows_the_cpu_and_resumes(dtype, corpus, tmp_path):
     on_gpu = functools.partial(config, corpus, device="cuda", dtype=dtype, compile=True, save_every=0.0)
     teacher, = distill.train(on_gpu(tmp_path / "t"))
     more = dict(teacher=teacher, alpha=(0.0, 0.5))
     paths = distill.train(on_gpu(tmp_path / "whole", **more))
     distill.train(config(corpus, tmp_path / "cpu", **more))
-    plain = distill.learning_rate
-    def stop(config, step):
-        if step == 40:
-            raise KeyboardInterrupt
-        return plain(config, step)
-    monkeypatch.setattr(distill, "learning_rate", stop)
-    with pytest.raises(KeyboardInterrupt):
-        distill.train(on_gpu(tmp_path / "parts", **more))
-    monkeypatch.setattr(distill, "learning_rate", plain)
-    again = distill.train(on_gpu(tmp_path / "parts", **more))
-    for one, other in zip(paths, again):
+    parts = on_gpu(tmp_path / "parts", **more)
+    interrupt(parts, 40)
+    for one, other in zip(paths, distill.train(parts)):
         for a, b in zip(weights(one).values(), weights(other).values()):
             assert (a - b).norm() < 0.02 * a.norm() + 1e-3
-    ends = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1])["ce"]
-            for name in ("whole", "parts", "cpu")]
+    ends = [log_of(tmp_path / name)[-1]["ce"] for name in ("whole", "parts", "cpu")]
     assert np.abs(np.array(ends) - ends[-1]).max() < 0.05
     losses = [evaluation.evaluate(model.load_checkpoint(paths[1], device)[0], corpus, 16, 4)
               for device in ("cpu", "cuda")]
@@ -652,13 +590,11 @@ def test_items_are_what_they_say():
         assert any(context + item["choices"][label] in text for text in texts)
         assert len(context) <= 280 and context[-1].isalnum() and len(one) <= 31
         assert one[0] + other[0] == ")]" and one[1:] == other[1:] and label == k // 50 % 2
-        at, depth = len(context), 1                           # the bracket is open in the context, and near
+        at, depth = len(context), 1                           # the bracket is open, and near
         while depth:
             at -= 1
             depth += (context[at] in ")]}") - (context[at] in "([{")
         assert context[at] == "(["[label] and 8 <= len(context) - at <= 200
-    some = data.evenly_spaced(items, 63)                      # as many of either
-    assert abs(sum(item["label"] for item in some) - len(some) / 2) <= 2
 
 
 def test_accuracy_is_of_sums_of_log_probabilities(corpus):
@@ -682,32 +618,22 @@ def test_accuracy_is_of_sums_of_log_probabilities(corpus):
 
 
 def test_eval_prints_tables_and_samples(corpus, trained, monkeypatch, capsys):
-    paths = [str(trained / name / "ckpt.pt") for name in ("1/alpha_0", "1/alpha_0.25")]
-    def show(*flags):
-        argv = [*paths, "--data", corpus, "--windows", 16, *flags]
-        code, out, err = call(evaluation.main, argv, monkeypatch, capsys)
-        assert code == 0, err
-        return out
-    assert "def " in show("--sample", "def ")
-    out = show()
-    assert "tokens, seed 1, alpha 0.25 from s" in out
+    paths = [str(trained / name / "ckpt.pt") for name in ("run/alpha_0", "run/alpha_0.25")]
+    argv = [*paths, "--data", corpus, "--windows", 16]
+    code, out, err = call(evaluation.main, [*argv, "--sample", "def "], monkeypatch, capsys)
+    assert code == 0 and "def " in out, err
+    code, out, err = call(evaluation.main, argv, monkeypatch, capsys)
+    assert code == 0 and "tokens, seed 1, alpha 0.25 from s" in out, err
     one, two = (evaluation.evaluate(model.load_checkpoint(path)[0], corpus, 16) for path in paths)
     table = {line[:26].strip(): line[26:].split() for line in out.splitlines()}
     for name, sign in (("ood/poem", -1), ("accuracy/brackets", 1)):
         gain = sign * (two[name] - one[name])
         assert table[name] == [f"{one[name]:.4f}", f"{two[name]:.4f}", f"({gain:+.4f})"]
-    for kind in ("", "calibrated/"):
-        outside = np.mean([x for name, x in one.items() if name.startswith(f"{kind}ood/")])
-        assert table[f"{kind}ood, mean"][0] == f"{outside:.4f}"
+    outside = np.mean([x for name, x in one.items() if name.startswith("ood/")])
+    assert table["ood, mean"][0] == f"{outside:.4f}"
 
 
 # ---- eval.py: the findings ---------------------------------------------------
-
-def test_interval_is_students():
-    mean, margin = evaluation.interval([1.0, 2.0, 4.0])
-    assert abs(mean - 7 / 3) < 1e-12 and abs(margin - 4.303 * 1.527525 / math.sqrt(3)) < 1e-4
-    assert evaluation.show([1.0, 2.0, 4.0], 1) == "+2.3 ± 3.8" and evaluation.show([3.0]) == "+3.000"
-
 
 STUDENT = "s@8M"
 PAPER = {"bigram@32M": (3.5, {0.25: (-0.05, 0.001), 1.0: (-1.0, -1.0)}),
@@ -716,37 +642,28 @@ PAPER = {"bigram@32M": (3.5, {0.25: (-0.05, 0.001), 1.0: (-1.0, -1.0)}),
          "m@32M": (2.2, {0.25: (0.03, 0.06), 1.0: (0.05, 0.09)})}
 
 
-def made_up(teachers=PAPER, seeds=(1, 2, 3), noise=0.001, less=None, own=False):
+def made_up(teachers=PAPER, seeds=(1, 2, 3), noise=0.001, less=None):
     """
     Rows in which the student alone has a loss of 2.5 in domain and 3.0 outside, with twice the tokens 0.3 and
     0.24 less. teachers: {name: (own loss, {alpha: (gain in domain, gain outside)})}; a seed adds noise (a
     number, or one for each teacher) to gains outside; less: how much lower gains are, once calibrated.
     """
-    def row(model, seed, inside, outside, teacher=None, teacher_seed=None, alpha=0.0):
+    def row(model, seed, inside, outside, teacher=None, alpha=0.0):
         metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1}
         more = (less or {}).get(teacher, 0.0)
         metrics |= {f"calibrated/{name}": x + more * (name != "in_domain") for name, x in metrics.items()}
-        return dict(model=model, seed=seed, teacher=teacher, teacher_seed=teacher_seed, alpha=alpha,
+        return dict(model=model, seed=seed, teacher=teacher, teacher_seed=teacher and 0, alpha=alpha,
                     setup={"corpus": "c", "block_size": 128}, flops=9.0, teacher_flops=4.5 * bool(teacher),
                     seconds=1.0, metrics={**metrics, "accuracy/c": 0.5})
-    rows = []
+    rows = [row(name, 0, loss, loss + 0.5) for name, (loss, _) in teachers.items()]
     for seed in seeds:
         level = 0.05 * seed                                   # seeds differ, and pairing takes that out
         rows += [row(STUDENT, seed, 2.5 + level, 3.0 + level), row("s@16M", seed, 2.2 + level, 2.76 + level)]
-        for name, (loss, by_alpha) in teachers.items():
-            teacher_seed = 1000 + seed * own
-            mine = row(name, teacher_seed, loss, loss + 0.5)
-            rows += [mine] if mine not in rows else []
-            for alpha, (inside, outside) in by_alpha.items():
-                luck = (seed - 2) * (noise.get(name, 0.0) if isinstance(noise, dict) else noise)
-                rows.append(row(STUDENT, seed, 2.5 + level - inside, 3.0 + level - outside - luck, name,
-                                teacher_seed, alpha))
+        for name, (_, gains) in teachers.items():
+            luck = (seed - 2) * (noise.get(name, 0.0) if isinstance(noise, dict) else noise)
+            rows += [row(STUDENT, seed, 2.5 + level - inside, 3.0 + level - outside - luck, name, alpha)
+                     for alpha, (inside, outside) in gains.items()]
     return rows
-
-
-def with_gains(**changes):
-    """PAPER with other gains of some teachers: xs={0.25: (in domain, outside)}."""
-    return PAPER | {f"{size}@32M": (PAPER[f"{size}@32M"][0], gains) for size, gains in changes.items()}
 
 
 def verdicts(rows):
@@ -754,28 +671,30 @@ def verdicts(rows):
 
 
 def test_each_rule_on_rows_with_and_without_its_finding_and_in_between():
-    assert verdicts(made_up()) == verdicts(made_up(own=True)) == ["reproduced"] * 4
-    opposite = with_gains(xs={0.25: (0.1, -0.04)}, s={0.25: (0.03, -0.05)}, m={0.25: (0.2, 0.16)},
-                          bigram={0.25: (0.0, 0.0)})
+    assert verdicts(made_up()) == ["reproduced"] * 4
+    opposite = {"bigram@32M": (3.5, {0.25: (0.0, 0.0)}), "xs@32M": (2.9, {0.25: (0.1, -0.04)}),
+                "s@32M": (2.4, {0.25: (0.03, -0.05)}), "m@32M": (2.2, {0.25: (0.2, 0.16)})}
     assert verdicts(made_up(opposite)) == ["not reproduced"] * 4
-    assert verdicts(made_up(noise={"xs@32M": 0.1})) == ["undecided"] * 4
+    wide = made_up(noise={"xs@32M": 0.1})
+    assert verdicts(wide) == ["undecided"] * 4
+    _, seen = evaluation.weak_teacher_helps(evaluation.study(wide, STUDENT))
+    assert "+0.040 ± 0.248 outside" in seen                   # Student's t: 4.303 * 0.1 / sqrt(3)
     assert verdicts(made_up(seeds=(1, 2))) == ["too few seeds"] * 4
     strong = {name: PAPER[name] for name in ("s@32M", "m@32M")}
     assert verdicts(made_up(strong)) == ["not tested"] * 4
-    assert verdicts(made_up({name: PAPER[name] for name in PAPER if "bigram" not in name}))[3] == "not tested"
+    assert verdicts(made_up(strong | {"xs@32M": PAPER["xs@32M"]}))[3] == "not tested"
 
 
 def test_rule_two_looks_at_steps_along_size():
-    noise = {"xs@32M": 0.001, "m@32M": 0.002}                 # steps that are not the same at every seed
-    for last, verdict in ((0.09, "reproduced"), (0.11, "reproduced"), (0.16, "undecided"), (0.2, "not reproduced")):
-        cells = with_gains(m={0.25: (0.03, 0.06), 1.0: (0.05, last)})
-        assert verdicts(made_up(cells, noise=noise))[1] == verdict, last
-    assert verdicts(made_up(noise={"m@32M": 0.1}))[1] == "undecided"
+    noise = {"xs@32M": 0.001, "m@32M": 0.002}                 # steps differ between seeds
+    for last, verdict in ((0.11, "reproduced"), (0.16, "undecided"), (0.2, "not reproduced")):
+        teachers = PAPER | {"m@32M": (2.2, {0.25: (0.03, 0.06), 1.0: (0.05, last)})}
+        assert verdicts(made_up(teachers, noise=noise))[1] == verdict, last
     for teacher in ("bigram@64M", "l@16M"):                   # not on the path: a table, another budget
         more = {**PAPER, teacher: (3.5, {0.25: (0.0, 0.9), 1.0: (0.0, 0.9)})}
         assert verdicts(made_up(more))[1] == "reproduced"
     less, seen = evaluation.stronger_teacher_saturates(evaluation.study(made_up(noise=0.0), STUDENT))
-    assert np.allclose(less, 0.07) and "by +0.060 ± 0.000, -0.010 ± 0.000; first step minus last: +0.070" in seen
+    assert np.allclose(less, 0.07) and "+0.060 ± 0.000, -0.010 ± 0.000; first step minus last: +0.070" in seen
 
 
 def test_rules_three_and_four_look_at_calibrated_losses_too():
@@ -783,14 +702,14 @@ def test_rules_three_and_four_look_at_calibrated_losses_too():
         return rule(evaluation.study(made_up(noise=0.0, **more), STUDENT))[1]
     # text brings 0.8 outside for each nat in domain: 0.04 + 0.8 * 0.01, 0.1 - 0.8 * 0.05, 0.001 + 0.8 * 0.05
     three = seen(evaluation.generalisation_first, less={"xs@32M": 0.06})
-    assert "0.80 nats outside" in three and "weak networks +0.048 ± 0.000 (calibrated -0.012 ± 0.000)" in three
-    assert "strong networks +0.055" in three and "tables +0.041" in three
+    assert "0.80 nats outside" in three and "strong networks +0.055" in three and "tables +0.041" in three
+    assert "weak networks +0.048 ± 0.000 (calibrated -0.012 ± 0.000)" in three
     assert verdicts(made_up(less={"xs@32M": 0.06}))[2] == "reproduced"
     four = seen(evaluation.more_than_smoothing, less={"xs@32M": 0.01})
-    assert "+0.030 ± 0.000 outside, the best table +0.001 ± 0.000: +0.029 ± 0.000 more than the table" in four
+    assert "+0.030 ± 0.000 outside, the best table +0.001 ± 0.000: +0.029 ± 0.000 more than the" in four
     four = seen(evaluation.more_than_smoothing, less={"bigram@32M": 0.02})   # a table that harms is no rival
     assert "the best table -0.019 ± 0.000: +0.040 ± 0.000 more than no teacher" in four
-    for less, noise, verdict in (({"xs@32M": 0.05}, 0.001, "not reproduced"),      # it only smooths
+    for less, noise, verdict in (({"xs@32M": 0.05}, 0.001, "not reproduced"),  # it only smooths
                                  ({"bigram@32M": -0.06}, 0.001, "not reproduced"),  # a table gives more
                                  ({}, {"bigram@32M": 0.1}, "undecided")):
         found = verdicts(made_up(less=less, noise=noise))
@@ -798,48 +717,37 @@ def test_rules_three_and_four_look_at_calibrated_losses_too():
 
 
 def test_alpha_is_the_best_on_the_other_seeds():
-    rows = made_up(noise=0)
-    s = evaluation.study(rows, STUDENT)
-    assert [f"{t.name} {t.alpha}" for t in s.teachers] == [
-        "bigram@32M 0.25", "xs@32M 0.25", "s@32M 1", "m@32M 1"]
-    assert all(np.allclose(t.as_text, [[0.24 * math.log2(1.5)], [0.24]]) for t in s.teachers)  # 1.5 x; twice
+    for seeds in ((1,), (1, 2, 3)):                           # a single seed uses its own
+        rows = made_up(seeds=seeds, noise=0.0)
+        teachers = evaluation.study(rows, STUDENT).teachers
+        assert [f"{t.name} {t.alpha}" for t in teachers] == [
+            "bigram@32M 0.25", "xs@32M 0.25", "s@32M 1", "m@32M 1"]
+        for t in teachers:                                    # its compute as text: 1.5 x; twice
+            assert np.allclose(t.as_text, [[0.24 * math.log2(1.5)], [0.24]])
     for row in rows:                                          # xs at alpha 1 is by far the best at one seed
         if row["teacher"] == "xs@32M" and row["alpha"] == 1.0 and row["seed"] == 1:
             row["metrics"] |= {"ood/a": 2.0, "ood/b": 2.0}
     xs = evaluation.study(rows, STUDENT).teachers[1]          # which the other two follow, and lose by
     assert np.allclose(xs.outside[""], [0.04, -0.1, -0.1]) and xs.alpha == "0.25, 1"
     assert np.allclose(xs.outside["calibrated/"], 0.04) and np.allclose(xs.inside[""], [-0.01, -0.2, -0.2])
-    gains = np.random.default_rng(0).normal(size=(4, 6))      # by another way
-    best = [np.delete(gains, seed, 1).mean(1).argmax() for seed in range(6)]
-    assert [*evaluation.best_alpha(gains)] == best
-    assert [*evaluation.best_alpha(gains[:, :1])] == [gains[:, 0].argmax()]  # a single seed uses its own
 
 
-def test_a_seed_with_a_row_missing_is_left_out_and_the_report_says_so(tmp_path):
+def test_a_seed_with_a_row_missing_is_left_out_and_the_report_says_so(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     rows = made_up(seeds=(1, 2, 3, 4))
     expected = verdicts([row for row in rows if row["seed"] != 3])
-    for i, row in enumerate(rows):
+    for row in rows:
         if row["seed"] == 3:
-            left = rows[:i] + rows[i + 1:]
-            if row["teacher"] or row["model"] == STUDENT:
-                assert evaluation.study(left, STUDENT).seeds == [1, 2, 4]
-            assert verdicts(left) == expected
+            left = [other for other in rows if other is not row]
+            assert evaluation.study(left, STUDENT).seeds == [1, 2, 4] and verdicts(left) == expected
     text = evaluation.write_report(left, str(tmp_path))
-    assert "seeds 1, 2, 4" in text and "nan" not in text
+    assert "seeds 1, 2, 4" in text and "nan" not in text and "No figure (" in text
     assert text == (tmp_path / "report.md").read_text("utf-8")
     no_twice = [row for row in rows if row["model"] != "s@16M"]
     assert "No seed is complete yet" in evaluation.write_report(no_twice, str(tmp_path))
-    half = [{**row, "model": "s@4M"} for row in rows if row["model"] == STUDENT and not row["teacher"]]
-    assert evaluation.write_report(half + left, str(tmp_path)).split("\n", 1)[1] == text.split("\n", 1)[1]
     for row in rows:
         row["metrics"].pop("accuracy/c")
-    assert "Points of accuracy" not in evaluation.write_report(rows, str(tmp_path))
-
-
-def test_a_report_needs_no_figure(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    text = evaluation.write_report(made_up(), str(tmp_path))
-    assert "No figure (" in text and "pip install matplotlib" in text and "reproduced" in text
+    assert "Points of accuracy" in text and "accuracy" not in evaluation.write_report(rows, str(tmp_path))
 
 
 def test_results_are_read_with_care(tmp_path):
@@ -848,69 +756,55 @@ def test_results_are_read_with_care(tmp_path):
     path.write_text("\n".join(lines))
     assert evaluation.read_rows(path) == rows == evaluation.read_rows(path, rows[0]["setup"])
     other = json.dumps({**rows[1], "setup": {"corpus": "c", "block_size": 256}})
-    for line, word in ((other, "line 2 was made with block_size 256, not with 128"),
-                       *((bad, "line 2 is not a result of this version") for bad in (
-                           '{"metrics": null}', "[" * 200_000, lines[1][:99], "7",
-                           json.dumps({**rows[1], "setup": "c"}), json.dumps({**rows[1], "seconds": math.nan})))):
+    for line, word in ((other, "was made with block_size 256, not with 128"),
+                       *((bad, "is not a result") for bad in (
+                           lines[1][:99], '{"metrics": null}', "[" * 200_000,
+                           json.dumps({**rows[1], "seconds": math.nan})))):
         path.write_text("\n".join([lines[0], line, lines[2]]))
-        with pytest.raises(data.UserError, match=word):
+        with pytest.raises(data.UserError, match=f"line 2 {word}"):
             evaluation.read_rows(path)
 
 
-def test_reports_are_of_the_rows_beside_them_and_readme_quotes_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "draw", lambda *_: None)
-    known = (HERE / "results" / "README.md").read_text("utf-8")
-    for path in (HERE / "results").glob("*/report.md"):
+def test_reports_are_of_their_rows_the_readme_quotes_them_and_snippets_run(tmp_path, monkeypatch):
+    if not importlib.util.find_spec("matplotlib"):
+        monkeypatch.setattr(evaluation, "draw", lambda *_: None)
+    monkeypatch.chdir(HERE)
+    known = page = Path("results/README.md").read_text("utf-8")
+    for path in Path("results").glob("*/report.md"):
         report = evaluation.write_report(evaluation.read_rows(path.parent / "results.jsonl"), str(tmp_path))
         assert path.read_text("utf-8") == report, path
         known += report
-    figures = regex.findall(r"\d\.\d{3} ± \d\.\d{3}", (HERE / "README.md").read_text("utf-8"))
-    assert figures and [figure for figure in figures if figure not in known] == []
-
-
-def test_snippets_of_the_results_page_run(monkeypatch):
-    monkeypatch.chdir(HERE)
-    page = (HERE / "results" / "README.md").read_text("utf-8")
+    figures = regex.findall(r"\d\.\d{3} ± \d\.\d{3}", Path("README.md").read_text("utf-8"))
+    assert figures and "```python" in page and [x for x in figures if x not in known] == []
     for snippet in regex.findall(r"```python\n(.*?)```", page, regex.DOTALL):
         exec(snippet, {})
-    assert "```python" in page
-
-
-def test_names_of_models_that_differ_differ():
-    for tokens in (1, 999, 1000, 1024, 1000001, 1000002, 3 * 2**19, 1500000, 2**21, 50 * 10**9, 10**9 + 1):
-        name = evaluation.model_name("xs", tokens)
-        assert evaluation.parse_model(name) == ("xs", tokens)
-    twice = dataclasses.replace(sweep.SCALES["smoke"], teachers="xs@2M xs@2000K")
-    assert len({r.name for r in sweep.plan(twice)}) == len(sweep.plan(twice)) == 3 * 3 + 1
-    assert evaluation.study(made_up(own=True), STUDENT).own_teachers
-    assert not evaluation.study(made_up(), STUDENT).own_teachers
 
 
 # ---- sweep.py: the runs ------------------------------------------------------
 
-def results(folder):
-    rows = [json.loads(line) for line in open(folder / "results.jsonl")]
-    return sorted(json.dumps({**row, "seconds": 0}) for row in rows)
-
-
-def test_a_smoke_sweep_killed_and_resumed_equals_one_never_stopped(corpus, tmp_path, monkeypatch, capsys):
+def test_a_sweep_killed_and_resumed_equals_one_never_stopped(corpus, tmp_path, monkeypatch, capsys):
+    def results(folder):
+        rows = [json.loads(line) for line in open(folder / "results.jsonl")]
+        return sorted(json.dumps({**row, "seconds": 0}) for row in rows)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    argv = ["--scale", "smoke", "--data", corpus, "--seeds", "1", "--student", "xs@8K", "--teachers", "xs@4K",
-            "--jobs", "1", "--device", "cpu", "--out"]
+    argv = ["--scale", "smoke", "--data", corpus, "--seeds", "1", "--student", "xs@8K",
+            "--teachers", "bigram@4K", "--jobs", "1", "--device", "cpu", "--out"]
     # here its workers are threads, which start sooner; the one to kill has real ones
     monkeypatch.setattr(futures, "ProcessPoolExecutor", lambda jobs, _, __, threads: (
         futures.ThreadPoolExecutor(jobs, "", torch.set_num_threads, threads)))
     code, out, err = call(sweep.main, [*argv, whole], monkeypatch, capsys)
     assert code == 0 and "A weak teacher helps" in out and " -> xs@8K, seed 1: outside " in out, err
-    assert "xs@8K alone, seed 1: loss " in out and "\nnote: " not in out
+    assert "xs@8K alone, seed 1: loss " in out
     assert len(results(whole)) == 1 + 2 + 2 == len(set(results(whole)))
-    code, out, err = call(sweep.main, [*argv, whole, "--scale", "laptop"], monkeypatch, capsys)
-    assert code == 2 and "line 1 was made with windows 32, not with 512" in err[-1]
+    more = [whole, "--scale", "laptop", "--teachers", "bigram@9M"]
+    code, out, err = call(sweep.main, [*argv, *more], monkeypatch, capsys)
+    assert code == 2 and "a run of 9,000,000 reads them" in err[0]
+    assert "line 1 was made with windows 32, not with 512" in err[-1]
     process = subprocess.Popen([sys.executable, "sweep.py", *argv, parts], cwd=HERE, stdout=-3, stderr=-3)
     path = parts / "results.jsonl"
     while process.poll() is None and not (path.exists() and path.stat().st_size):
         time.sleep(0.05)
-    process.kill()                                            # it has some results
+    process.kill()
     process.wait()
     code, out, err = call(sweep.main, [*argv, parts], monkeypatch, capsys)
     assert code == 0 and results(parts) == results(whole), err
@@ -939,6 +833,9 @@ def test_dry_run_prints_every_run_and_does_nothing(tmp_path, monkeypatch, capsys
             assert {run.teacher, run.alone} <= done
             done.add(run)
     assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("RANK", "0")
+    code, out, err = call(sweep.main, [], monkeypatch, capsys)
+    assert code == 2 and "cannot run under torchrun" in err[0]
 
 
 # ---- exercises/ --------------------------------------------------------------
@@ -962,14 +859,13 @@ def test_a_solution_applies_and_passes_its_check(name, corpus, trained, tmp_path
     for reverse in ([], ["-R"], []):
         subprocess.run(["git", "apply", *reverse, PATCHES[name]], check=True)
         assert (scripts() == before) == bool(reverse)
-    assert importlib.import_module("sweep").__file__ == str(tmp_path / "sweep.py")
     check = runpy.run_path(HERE / "exercises" / "check.py")
-    L, same_as_student = check["L"], check["h"] @ check["w"].T
+    assert Path(sys.modules["distill"].__file__).samefile("distill.py")
+    L, t, same_as_student = check["L"], check["t"], check["h"] @ check["w"].T
     assert L(0) == 4.997 and (L(1), L(1, same_as_student)) == PATCHED_LOSSES.get(name, (3.234, 0.0))
     if name == "7_two_teachers":
-        a, b = 3 * torch.randn(2, 4, 6, 11)
-        mean = check["average"](lambda x: a, lambda x: b)(None).exp()
-        assert torch.allclose(mean, (a.softmax(-1) + b.softmax(-1)) / 2, atol=1e-6)
+        mean = check["average"](lambda x: x, lambda x: -x)(t).exp()
+        assert torch.allclose(mean, (t.softmax(-1) + (-t).softmax(-1)) / 2, atol=1e-6)
     elif name == "13_trigram":
         table = check["Table"](check["GPTConfig"](11, counts=3))
         table.count(torch.randint(11, (500,)))
@@ -977,7 +873,7 @@ def test_a_solution_applies_and_passes_its_check(name, corpus, trained, tmp_path
     elif name in ("10_own_text", "11_mixing"):
         shutil.copytree(corpus, "data/python")
         Path("input.txt").write_text(poem(20))
-        alone, taught = (str(trained / "1" / f"alpha_{alpha}" / "ckpt.pt") for alpha in (0, 0.25))
+        alone, taught = (str(trained / "run" / f"alpha_{alpha}" / "ckpt.pt") for alpha in (0, 0.25))
         words, said = ([alone, alone], "share 0.00: gain +0.000") if name == "11_mixing" else (
             ["input.txt", alone, taught, taught], "0.000 beyond")
         monkeypatch.setattr(sys, "argv", [name, *words])
@@ -987,20 +883,18 @@ def test_a_solution_applies_and_passes_its_check(name, corpus, trained, tmp_path
 
 def test_where_the_gain_lies(corpus, trained, tmp_path, monkeypatch, capsys):
     script = runpy.run_path(HERE / "exercises" / "token_gains.py")
-    paths = [str(trained / name / "ckpt.pt") for name in ("1/alpha_0", "1/alpha_0.25", "teacher", "2/alpha_0")]
+    names = "run/alpha_0", "run/alpha_0.25", "teacher", "run/alpha_1"
+    paths = [str(trained / name / "ckpt.pt") for name in names]
     models = [model.load_checkpoint(path)[0] for path in paths]
-    found, sets = script["token_gains"](models, corpus, 64), evaluation.evaluation_sets(corpus)
-    for where, groups in found.items():
-        rows = torch.cat([evaluation.read_windows(path, 32, 64) for name, path in sets.items()
-                          if (name == "in_domain") == (where == "in_domain")])
-        x, y = rows[:, :-1], rows[:, 1:]
-        gain = torch.sub(*(evaluation.token_losses(m, rows)[0] for m in models[:2]))
-        t, o = (m(x).argmax(-1) == y for m in models[2:])
-        for name, group in (("all tokens", t | True), ("both right", t & o), ("only the teacher", t & ~o),
-                            ("only the other student", o & ~t), ("neither", ~t & ~o)):
-            share, mean = groups[name]
-            assert abs(share - group.double().mean()) < 1e-3
-            assert abs(share * mean - (gain * group).double().mean()) < 1e-3
+    rows = evaluation.read_windows(f"{corpus}/val.bin", 32, 64)
+    gain = torch.sub(*(evaluation.token_losses(m, rows)[0] for m in models[:2]))
+    t, o = (m(rows[:, :-1]).argmax(-1) == rows[:, 1:] for m in models[2:])
+    found = script["token_gains"](models, corpus, 64)["in_domain"]
+    for name, group in (("all tokens", t | True), ("both right", t & o), ("only the teacher", t & ~o),
+                        ("only the other student", o & ~t), ("neither", ~t & ~o)):
+        share, mean = found[name]
+        assert abs(share - group.double().mean()) < 1e-3
+        assert abs(share * mean - (gain * group).double().mean()) < 1e-3
     shutil.copytree(corpus, tmp_path / "data" / "python")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["token_gains.py", *paths])
@@ -1028,59 +922,43 @@ def made(corpus, trained, tmp_path_factory):
     distill.train(config(str(folder / "other"), folder / "foreign", tokens=1024))
     (folder / "bytes.txt").write_bytes(b"\xff\xfe" * 1000)
     (folder / "short.txt").write_text("short")
-    torch.save(torch.zeros(3), folder / "tensor.pt")
     torch.save({"model": {}, "model_args": {}, "config": {"device": "cpu"}}, folder / "nanogpt.pt")
     (folder / "utf16.txt").write_bytes(poem(200).encode("utf-16-le"))
-    (folder / "results").mkdir()
-    (folder / "results" / "results.jsonl").write_text("\n".join(map(json.dumps, made_up())))
     shutil.copytree(folder / "other", folder / "cut")
     (folder / "cut" / "val.bin").write_bytes((folder / "other" / "val.bin").read_bytes()[:-2])
     return folder
 
 
-TEXT = "--corpus text --train other.txt --out new"
-SWEEP = "--data data --out new"
+TEXT, SWEEP = "--corpus text --out new --train", "--data data --out new"
 BAD = [
-    (data.main, "--corpus text --train absent.txt --out new", "No such file or directory: 'absent.txt'"),
-    (data.main, "--corpus text --train bytes.txt --out new", "bytes.txt is not UTF-8 text (invalid start"),
-    (data.main, "--corpus text --train utf16.txt --out new", "utf16.txt is not UTF-8 text (it has NUL"),
-    (data.main, "--corpus text --train short.txt --out new", "the set val is empty: it needs about"),
-    (data.main, f"{TEXT} --ood same=other.txt", "the set ood_same is empty"),
-    (data.main, f"{TEXT} --ood wiki-news=other.txt", "takes NAME=FILE, such as"),
-    (data.main, f"{TEXT} --ood poem", "takes NAME=FILE, such as"),
-    (data.main, f"{TEXT} --ood a=other.txt --ood a=short.txt", "and each NAME once"),
+    (data.main, f"{TEXT} absent.txt", "No such file or directory: 'absent.txt'"),
+    (data.main, f"{TEXT} bytes.txt", "bytes.txt is not UTF-8 text (invalid start"),
+    (data.main, f"{TEXT} utf16.txt", "utf16.txt is not UTF-8 text (it has NUL"),
+    (data.main, f"{TEXT} short.txt", "the set val is empty: it needs about"),
+    (data.main, f"{TEXT} other.txt --ood wiki-news=other.txt", "takes NAME=FILE, such as"),
+    (data.main, f"{TEXT} other.txt --ood a=other.txt --ood a=short.txt", "and each NAME once"),
+    (data.main, "--train other.txt --out new", "goes with --corpus text"),
     (data.main, "--corpus text --train other.txt --out data", "a different corpus"),
-    *[(data.main, f"--vocab_size {n} --out new", word) for n, word in (
-        ("many", "value: 'many'"), ("300.5", "value: '300.5'"), ("inf", "value: 'inf'"),
-        ("70K", "must be from 257 to 65536, not 70000"), ("256", "must be from 257"))],
-    (distill.main, "--size xxl", "invalid choice: 'xxl'"),
-    (distill.main, "--dtype half", "invalid choice: 'half'"),
-    (distill.main, "--tokens 1.0000001M", "invalid whole_number value"),
+    (data.main, "--vocab_size many --out new", "value: 'many'"),
+    (data.main, "--vocab_size 70K --out new", "must be from 257 to 65536, not 70000"),
+    (distill.main, "--lr nan", "--lr must be from 0 to inf, not nan"),
     (distill.main, "--alpha 2 --teacher run/ckpt.pt", "--alpha must be from 0 to 1"),
-    *[(distill.main, f"--{knob}", "must be ") for knob in (
-        "warmup 9", "lr nan", "temperature 0", "seed -1", f"seed {2**63}")],
     (distill.main, "--alpha 0.5", "needs a --teacher"),
     (distill.main, "--teacher run/ckpt.pt", "has no effect at alpha 0"),
+    (distill.main, "--size bigram --teacher run/ckpt.pt --alpha 1", "takes no teacher"),
     (distill.main, "--tokens 10", "less than a step"),
     (distill.main, "--device cuda:77", "is not available"),
-    (distill.main, "--learning_rate 1", "unrecognized arguments"),
-    (distill.main, "--compile False", "invalid true_or_false value: 'False'"),
-    *[(distill.main, f"--teacher {name}.pt --alpha 1", word) for name, word in (
-        ("absent", "no checkpoint at absent.pt"), ("tensor", "not a distill.py checkpoint"),
-        ("nanogpt", "not a distill.py checkpoint"), ("foreign/ckpt", "a different tokenizer"),
-        ("run/ckpt", "exceeds the teacher's"))],
-    (distill.main, "--teacher run --alpha 1", "--teacher run"),               # a folder, of no model
-    (distill.main, "--out run --size xs", "other settings"),
-    (distill.main, "--block_size 1M --batch_size 1", "train.bin is shorter than one window of 1000000 tokens"),
-    (distill.main, "--size bigram --teacher run/ckpt.pt --alpha 1", "takes no teacher"),
+    (distill.main, "--teacher absent.pt --alpha 1", "no checkpoint at absent.pt"),
+    (distill.main, "--teacher nanogpt.pt --alpha 1", "not a distill.py checkpoint"),
+    (distill.main, "--teacher foreign/ckpt.pt --alpha 1", "a different tokenizer"),
+    (distill.main, "--teacher run/ckpt.pt --alpha 1", "exceeds the teacher's"),
+    (distill.main, "--teacher run --alpha 1", "--teacher run"),  # a folder, of no model
+    (distill.main, "--block_size 1M --batch_size 1", "shorter than one window of 1000000 tokens"),
     (evaluation.main, "foreign/ckpt.pt --data cut", "val.bin is cut off, it should have"),
     (evaluation.main, "run/ckpt.pt --data absent", "absent is not a corpus folder"),
     (model.main, "--to_hf run/ckpt.pt new --data other", "a different tokenizer"),
-    (sweep.main, f"--student s1.5M {SWEEP}", "is not a model such as s@1.5M"),
     (sweep.main, f"--student s@1.5 {SWEEP}", "'s@1.5' is not a model"),
-    (sweep.main, f"--seeds 1,b {SWEEP}", "invalid list_of_numbers value: '1,b'"),
     (sweep.main, "--data other --out new", "no out-of-distribution set"),
-    (sweep.main, "--data data --out results --student xs@4K --teachers xs@8K", "line 1 was made with corpus c, not"),
     (sweep.main, "--report absent", "no results.jsonl"),
 ]
 
@@ -1095,13 +973,10 @@ def test_bad_input(main, argv, word, made, monkeypatch, capsys):
     assert {p: p.stat().st_mtime_ns for p in made.rglob("*")} == before
 
 
-def test_help_repeated_flags_and_a_terminal_that_lacks_a_letter(made, tmp_path, monkeypatch, capsys):
+def test_help_and_a_terminal_that_lacks_a_letter(tmp_path, monkeypatch, capsys):
     for main in (data.main, distill.main, evaluation.main, sweep.main, model.main):
         code, out, _ = call(main, ["--help"], monkeypatch, capsys)
         assert code == 0 and "python " in out and ("(default:" in out or "seed: int = 1 " in out)
-    argv = f"--corpus text --out {tmp_path}/data --train {made}/other.txt --train {made}/short.txt".split()
-    code, out, err = call(data.main, argv, monkeypatch, capsys)
-    assert code == 0 and len(data.load_meta(f"{tmp_path}/data")["arguments"]["files"]) == 2, err
     (tmp_path / "results.jsonl").write_text("\n".join(map(json.dumps, made_up())))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp866"))
     code, out, err = call(sweep.main, ["--report", tmp_path], monkeypatch, capsys)
@@ -1110,35 +985,22 @@ def test_help_repeated_flags_and_a_terminal_that_lacks_a_letter(made, tmp_path, 
     monkeypatch.setattr(sys, "stdout", io.StringIO())         # as in a notebook: it cannot be reconfigured
     data.run_main(lambda: print("ran"))
     assert sys.stdout.getvalue() == "ran\n"
-    monkeypatch.undo()
-    monkeypatch.setenv("RANK", "0")
-    code, out, err = call(sweep.main, [], monkeypatch, capsys)
-    assert code == 2 and "cannot run under torchrun" in err[0]
-
-
-def test_what_an_unfinished_corpus_leaves_does_not_count(corpus, made, tmp_path):
-    shutil.copytree(corpus, tmp_path / "data")                # with a set and a task that the next has not
-    (tmp_path / "data" / "meta.json").unlink()
-    meta = data.prepare("text", str(tmp_path / "data"), 300, [str(made / "other.txt")])
-    assert [*evaluation.evaluation_sets(tmp_path / "data")] == ["in_domain"] and not meta["tasks"]
 
 
 def test_a_text_that_is_read_more_than_once_is_said_to_be(made, tmp_path, monkeypatch, capsys):
     n = data.load_meta(made / "other")["sets"]["train"]["tokens"]
-    note = f"note: {made / 'other'} has {n:,} tokens to train on: a run of {3 * n:,} reads them 3.0 times (a table counts them once)"
-    for tokens, said in ((3 * n, [note]), (n, [])):
-        argv = ["--size", "bigram", "--tokens", tokens, "--data", made / "other", "--out", tmp_path / str(tokens)]
-        code, out, err = call(distill.main, argv, monkeypatch, capsys)
-        assert code == 0 and err == said
-    monkeypatch.setattr(sweep, "sweep", lambda *_: made_up())
-    argv = ["--data", made / "data", "--out", tmp_path, "--scale", "smoke", "--teachers", "xs@9M,m@2M"]
-    code, out, err = call(sweep.main, argv, monkeypatch, capsys)
-    assert code == 0 and len(err) == 1 and "a run of 9,000,000 reads them" in err[0]
+    for times in (1, 3):
+        run = config(str(made / "other"), tmp_path / str(times), size="bigram", tokens=times * n)
+        code, out, err = call(distill.main, flags(run), monkeypatch, capsys)
+        assert code == 0 and len(err) == (times == 3)
+    assert f"has {n:,} tokens to train on: a run of {3 * n:,} reads them 3.0 times" in err[0]
 
 
-def test_numbers_with_units():
+def test_numbers_with_units_and_names_of_models():
     for text, number in (("3000000", 3 * 10**6), ("1.5M", 1_500_000), ("0.7B", 7 * 10**8), ("2k", 2000)):
         assert data.whole_number(text) == number
     for text in ("", "M", "1.5", "1.2345K", "inf", "nan", "1MK", "1 M x"):
         with pytest.raises(ValueError):
             data.whole_number(text)
+    for tokens in (1, 999, 1000, 1024, 1000001, 1000002, 3 * 2**19, 1500000, 2**21, 50 * 10**9, 10**9 + 1):
+        assert evaluation.parse_model(evaluation.model_name("xs", tokens)) == ("xs", tokens)
