@@ -29,8 +29,8 @@ from model import SIZES, autocast, load_checkpoint, pick_device
 
 # ---- one model ---------------------------------------------------------------
 
-IN, OUT = "in_domain", "ood/"                                # how names of metrics begin; before them stands
-KINDS = PLAIN, CALIBRATED = "", "calibrated/"                # nothing, or this
+IN, OUT = "in_domain", "ood/"            # how names of metrics begin; "outside" is the mean of the ood sets
+KINDS = PLAIN, CALIBRATED = "", "calibrated/"                # a prefix: losses as they are, or calibrated
 TEMPERATURES = (0.8, 0.87, 1.0, 1.2, 1.4)
 
 
@@ -232,6 +232,7 @@ def study(rows, student):
 
     def gain(which, name):
         return losses("alone", name) - losses(which, name)
+    # what text gives outside for each nat in domain
     rate = {kind: gain("twice", kind + OUT).mean() / gain("twice", kind + IN).mean() for kind in KINDS}
     first, teachers = next(iter(complete.values())), []
 
@@ -247,10 +248,9 @@ def study(rows, student):
             outside={kind: by_alpha(name, kind + OUT)[best[kind]] for kind in KINDS},
             accuracy=-100 * by_alpha(name, "accuracy/")[best[PLAIN]],        # points gained in the task
             alpha=", ".join(f"{alphas[a]:g}" for a in sorted({*best[PLAIN][0]})))
-        # how much more outside than text that gains as much in domain
+        # more outside than text that gains as much in domain
         t.beyond = {kind: t.outside[kind] - rate[kind] * t.inside[kind] for kind in KINDS}
-        # the teacher's forward passes, and its training too, as text: r times as much, of which twice gains
-        # `twice`, gains log2(r) of that; at most twice
+        # if the teacher's FLOPs bought text: r times the text, at most twice, gains log2(r) of what twice gains
         forward, training = first[name, alphas[0]]["teacher_flops"], first[name]["flops"]
         t.as_text = [gain("twice", OUT) * math.log2(min(1 + flops / first["alone"]["flops"], 2))
                      for flops in (forward, forward + training)]
