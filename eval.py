@@ -250,7 +250,7 @@ def study(rows, student):
             alpha=", ".join(f"{alphas[a]:g}" for a in sorted({*best[PLAIN][0]})))
         # more outside than text that gains as much in domain
         t.beyond = {kind: t.outside[kind] - rate[kind] * t.inside[kind] for kind in KINDS}
-        # if the teacher's FLOPs bought text: r times the text, at most twice, gains log2(r) of what twice gains
+        # if its FLOPs bought text: r times the text, at most twice, gains log2(r) of what twice gains
         forward, training = first[name, alphas[0]]["teacher_flops"], first[name]["flops"]
         t.as_text = [gain("twice", OUT) * math.log2(min(1 + flops / first["alone"]["flops"], 2))
                      for flops in (forward, forward + training)]
