@@ -852,6 +852,7 @@ def test_a_solution_applies_and_passes_its_check(name, corpus, trained, tmp_path
         monkeypatch.delitem(sys.modules, script)              # the copy's comes in its place, for this test
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))      # the copy is in no repository
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path_importer_cache", {})       # Python 3.10 keeps the folder that "." was
     monkeypatch.chdir(tmp_path)
     def scripts():
         return {path.name: path.read_text("utf-8") for path in tmp_path.iterdir()}
