@@ -365,6 +365,14 @@ def load_tokens(path):
                         "delete its folder and make it with data.py") from None
 
 
+def load_windows(path, block_size):
+    """-> the ids of a set, and how many windows of block_size they hold, each with the token after it."""
+    tokens = load_tokens(path)
+    if len(tokens) <= block_size:
+        raise UserError(f"{path} is shorter than one window of {block_size} tokens: use more text")
+    return tokens, (len(tokens) - 1) // block_size
+
+
 class Batches:
     """
     Batches(path, batch_size, block_size, seed)[step] -> x, y, int64 of shape (batch_size, block_size); y is x
@@ -372,12 +380,9 @@ class Batches:
     windows of block_size, each of which comes once an epoch, in an order drawn from (seed, epoch).
     """
     def __init__(self, path, batch_size, block_size, seed):
-        self.tokens = load_tokens(path)
+        self.tokens, self.n = load_windows(path, block_size)                 # n windows are an epoch
         self.batch_size, self.block_size, self.seed = batch_size, block_size, seed
-        self.n = (len(self.tokens) - 1) // block_size        # windows in an epoch
         self.epoch, self.order = None, None
-        if not self.n:
-            raise UserError(f"{path} is shorter than one window of {block_size} tokens: use more text")
 
     def window(self, i):
         epoch, position = divmod(i, self.n)

