@@ -391,8 +391,9 @@ def draw(s, file):
     first.set_ylim(-2.2 * top, 1.5 * top)
     boundary = sum(t.worse > 0 for t in s.teachers) - 0.5
     first.axvline(boundary, color="0.7", lw=0.8)
-    first.text(boundary, 1.35 * top, "worse than the student ", ha="right", fontsize=8)
+    first.text(boundary, 1.35 * top, "worse ", ha="right", fontsize=8)
     first.text(boundary, 1.35 * top, " better", fontsize=8)
+    first.set_xlabel("teacher, worse or better than the student in domain")
 
     # each teacher at its best alpha, and the line of what text gives
     styles = {"weak networks": ("o", "tab:blue"), "strong networks": ("s", "tab:red"), "tables": ("^", "0.5")}
