@@ -267,7 +267,8 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     if (out / "meta.json").exists():
         meta = load_meta(out_dir)
         if meta["arguments"] != arguments:
-            raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder")
+            raise UserError(f"{out_dir} already holds a different corpus: delete it or use another folder; "
+                            f"sweep.py --data {out_dir} takes it as it is")
         return meta
 
     # the text; a user's set replaces ours of the same name

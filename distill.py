@@ -306,11 +306,11 @@ def load_teacher(config, meta, device):
     """-> the frozen teacher, and its identity: a name, and a hash of the weights."""
     if config.teacher.endswith(".pt") or os.path.isfile(config.teacher):
         teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
-        name = extra["settings"].get("size", config.teacher)
+        name = extra["settings"]["size"]
     else:
         name = config.teacher
         teacher = ForeignTeacher(name, config.data, meta["vocab_size"]).to(device)
-    if teacher.config.block_size < config.block_size:
+    if teacher.config.block_size < config.block_size and not teacher.config.counts:
         raise UserError(f"--block_size {config.block_size} exceeds the teacher's {teacher.config.block_size}")
     digest = hashlib.sha256()
     for tensor in teacher.state_dict().values():
@@ -334,7 +334,8 @@ class ForeignTeacher(torch.nn.Module):
             raise UserError(f"--teacher {name} is not a .pt file: pip install transformers ({e})") from None
         except Exception as e:                               # transformers raises many kinds
             reason = str(e).partition("\n")[0]
-            raise UserError(f"transformers cannot load --teacher {name}: {reason}") from None
+            raise UserError(f"--teacher {name} is neither a .pt file nor a model that transformers loads: "
+                            f"{reason}") from None
         encoding = load_tokenizer(data_dir)
         ids = load_tokens(f"{data_dir}/val.bin")[:10_000].tolist()
         text = max(encoding.decode(ids).split(END_OF_TEXT), key=len)         # a stretch without end-of-text

@@ -7,8 +7,8 @@ half turns the results.jsonl of a sweep into four findings.
     python sweep.py --report results/full                                # the findings of a study
 
 Loss is in nats per token; perplexity is its exponential. Each loss is given twice: as it is, and calibrated,
-with the logits divided by the temperature that suits the model and the set best. That takes away whatever a
-model gains from smoothing alone. (One number fitted to 65,000 tokens cannot overfit.)
+with the logits divided by the temperature, from 0.8 to 1.4, that suits the model and the set best. That takes
+away what a model gains from smoothing alone. (One number fitted to 65,000 tokens cannot overfit.)
 """
 import json
 import math
@@ -258,7 +258,8 @@ def study(rows, student):
     weak = [t for t in teachers if t not in tables and t.worse > 0]
     strong = [t for t in teachers if t not in tables and t.worse <= 0]
     return SimpleNamespace(
-        student=student, seeds=list(complete), alphas=alphas, rate=rate, teachers=teachers,
+        student=student, seeds=list(complete), left_out=[seed for seed in seeds if seed not in complete],
+        alphas=alphas, rate=rate, teachers=teachers,
         weak=weak, strong=strong, tables=tables, alone=[losses("alone", where).mean() for where in (IN, OUT)],
         groups=[(name, group) for name, group in (
             ("weak networks", weak), ("strong networks", strong), ("tables", tables)) if group],
@@ -335,7 +336,7 @@ def write_report(rows, out):
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
         if not s:
-            text += f"\n## Student {student}\n\nNo seed is complete yet.\n"
+            text += f"\n## Student {student}\n\nNo seed is complete: it needs all teachers at all alphas.\n"
             continue
         text += report(s)
         try:
@@ -352,6 +353,8 @@ def report(s):
     text, (inside, outside) = f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n\n", s.alone
     for i, (claim, verdict, seen) in enumerate(findings(s), 1):
         text += f"{i}. **{claim}: {verdict}.** {seen}\n"
+    if s.left_out:
+        text += f"\nLeft out, without all teachers at all alphas: seed {', '.join(map(str, s.left_out))}.\n"
     text += f"""
 Alone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. Gains are over the
 student alone of the same seed, at the alpha that gains most outside (calibrated: most once calibrated) on
@@ -423,7 +426,8 @@ def draw(s, file):
         axis.set_ylabel("gain outside, nats per token")
         axis.axhline(0, color="0.7", lw=0.8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(fontsize=8, loc="lower right")
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8, loc="lower right")
     for axis, teachers in ((first, s.teachers), (third, controls)):
         axis.set_xticks(range(len(teachers)), [t.name for t in teachers], rotation=30, ha="right")
     figure.savefig(file, dpi=100)
@@ -439,7 +443,7 @@ def main():
     parser.add_argument("--data", default="data/python", help="corpus folder (default: data/python)")
     parser.add_argument("--windows", type=int, default=512, help="of each set, at most (default: 512)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()                    # CKPT --data DIR CKPT too
     if args.windows < 1:
         parser.error("--windows must be at least 1")
     (device, _), meta, encoding = pick_device(args.device), load_meta(args.data), load_tokenizer(args.data)
@@ -455,9 +459,9 @@ def main():
             idx = torch.tensor([[encoding.eot_token, *encoding.encode_ordinary(args.sample)]], device=device)
             ids = [k for k in model.generate(idx, 200, 0.8, 50)[0].tolist() if k < encoding.eot_token]
             print(f"{encoding.decode(ids)}\n")
-    if len({model.config.block_size for model in models}) > 1:
-        raise UserError("these models have different context lengths: evaluate one at a time")
     if args.sample is None:
+        if len({model.config.block_size for model in models}) > 1:
+            raise UserError("these models have different context lengths: evaluate one at a time")
         print_table(models, args.data, args.windows)
 
 

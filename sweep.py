@@ -215,7 +215,7 @@ def sweep(scale, data, out, jobs, device):
                 bar.write(line_of(run, rows))
                 if run.seed in scale.seeds and done >= {r for r in runs if r.seed == run.seed}:
                     lines = write_report([*rows.values()], out).splitlines()
-                    bar.write("\n".join([f"\nafter seed {run.seed}:", *(x for x in lines if "**" in x), ""]))
+                    bar.write("\n".join(["", *(x for x in lines if "**" in x or x.startswith("## ")), ""]))
             partial = sum(run.work(scale) * run.fraction_done(scale, out) for run in running.values())
             bar.update(bar.total - left + partial - bar.n)
     except futures.process.BrokenProcessPool:
@@ -245,7 +245,8 @@ def main():
     parser.add_argument("--data", metavar="DIR", help="corpus folder of data.py (default: data/CORPUS)")
     parser.add_argument("--jobs", type=int, metavar="N", help="parallel runs (default: cores; on a GPU, 1)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
-    parser.add_argument("--dry_run", action="store_true", help="only print every run with its FLOPs")
+    parser.add_argument("--dry_run", action="store_true", help="only print every run, with its FLOPs at the "
+                        "scale's vocabulary")
     parser.add_argument("--report", metavar="DIR", help="only rewrite report and figure of DIR/results.jsonl")
     args = parser.parse_args()
     if args.report:
@@ -253,8 +254,6 @@ def main():
     scale = SCALES[args.scale]
     scale = replace(scale, student=args.student or scale.student, teachers=args.teachers or scale.teachers,
                     alphas=args.alphas or scale.alphas, seeds=[*map(int, args.seeds or scale.seeds)])
-    if "RANK" in os.environ:
-        raise UserError("sweep.py cannot run under torchrun: run python sweep.py")
     runs = plan(scale)
     device, _ = pick_device(args.device)
     jobs = max(1, args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1))

@@ -450,7 +450,7 @@ def test_teachers_of_transformers(corpus, trained, made, tmp_path, monkeypatch):
     teacher, _ = distill.load_teacher(config(corpus, "", teacher=half), data.load_meta(corpus), "cpu")
     assert {p.dtype for p in teacher.parameters()} == {torch.float32}
     Path(half, "model.safetensors").write_text("version https://git-lfs\noid sha256:0\n")
-    with pytest.raises(data.UserError, match="transformers cannot load --teacher .*half: "):
+    with pytest.raises(data.UserError, match="half is neither a .pt file nor a model .*: "):
         teach("pointer", corpus, half)
     shape = transformers.GPT2Config(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=2,
                                     bos_token_id=0, eos_token_id=0)
@@ -619,7 +619,7 @@ def test_accuracy_is_of_sums_of_log_probabilities(corpus):
 
 def test_eval_prints_tables_and_samples(corpus, trained, monkeypatch, capsys):
     paths = [str(trained / name / "ckpt.pt") for name in ("run/alpha_0", "run/alpha_0.25")]
-    argv = [*paths, "--data", corpus, "--windows", 16]
+    argv = [paths[0], "--data", corpus, paths[1], "--windows", 16]
     code, out, err = call(evaluation.main, [*argv, "--sample", "def "], monkeypatch, capsys)
     assert code == 0 and "def " in out, err
     code, out, err = call(evaluation.main, argv, monkeypatch, capsys)
@@ -742,9 +742,9 @@ def test_a_seed_with_a_row_missing_is_left_out_and_the_report_says_so(tmp_path, 
             assert evaluation.study(left, STUDENT).seeds == [1, 2, 4] and verdicts(left) == expected
     text = evaluation.write_report(left, str(tmp_path))
     assert "seeds 1, 2, 4" in text and "nan" not in text and "No figure (" in text
-    assert text == (tmp_path / "report.md").read_text("utf-8")
+    assert "all alphas: seed 3.\n" in text and "Left out" not in evaluation.write_report(rows, str(tmp_path))
     no_twice = [row for row in rows if row["model"] != "s@16M"]
-    assert "No seed is complete yet" in evaluation.write_report(no_twice, str(tmp_path))
+    assert "No seed is complete: " in evaluation.write_report(no_twice, str(tmp_path))
     for row in rows:
         row["metrics"].pop("accuracy/c")
     assert "Points of accuracy" in text and "accuracy" not in evaluation.write_report(rows, str(tmp_path))
@@ -794,7 +794,7 @@ def test_a_sweep_killed_and_resumed_equals_one_never_stopped(corpus, tmp_path, m
         futures.ThreadPoolExecutor(jobs, "", torch.set_num_threads, threads)))
     code, out, err = call(sweep.main, [*argv, whole], monkeypatch, capsys)
     assert code == 0 and "A weak teacher helps" in out and " -> xs@8K, seed 1: outside " in out, err
-    assert "xs@8K alone, seed 1: loss " in out
+    assert "xs@8K alone, seed 1: loss " in out and out.count("## Student xs@8K, seeds 1") == 2
     assert len(results(whole)) == 1 + 2 + 2 == len(set(results(whole)))
     more = [whole, "--scale", "laptop", "--teachers", "bigram@9M"]
     code, out, err = call(sweep.main, [*argv, *more], monkeypatch, capsys)
@@ -833,9 +833,6 @@ def test_dry_run_prints_every_run_and_does_nothing(tmp_path, monkeypatch, capsys
             assert {run.teacher, run.alone} <= done
             done.add(run)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setenv("RANK", "0")
-    code, out, err = call(sweep.main, [], monkeypatch, capsys)
-    assert code == 2 and "cannot run under torchrun" in err[0]
 
 
 # ---- exercises/ --------------------------------------------------------------
