@@ -404,10 +404,11 @@ def draw(s, file):
         points(second, [t.inside[PLAIN].mean() for t in group], [t.outside[PLAIN] for t in group], ls="none",
                xerr=[interval(t.inside[PLAIN])[1] for t in group], label=name, marker=styles[name][0],
                color=styles[name][1])
-    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.outside[PLAIN].mean())):    # on either side
-        second.annotate(t.name, (t.inside[PLAIN].mean(), t.outside[PLAIN].mean()), fontsize=8,
-                        xytext=(-5, 5) if i % 2 else (5, -11), textcoords="offset points",
-                        ha="right" if i % 2 else "left")
+    second.margins(0.12)
+    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.inside[PLAIN].mean())):     # below, above in turn
+        center, margin = np.nan_to_num(interval(t.outside[PLAIN]))
+        second.text(t.inside[PLAIN].mean(), center - (-1)**i * margin, f" {t.name} ", fontsize=8, zorder=9,
+                    ha="right" if i % 2 else "left", va="bottom" if i % 2 else "top")
     second.axline((0, 0), slope=s.rate[PLAIN], color="0.7", label="what more text gives")
     second.set_xlabel("gain in domain, nats per token")
     second.locator_params(nbins=5)
