@@ -405,7 +405,7 @@ def draw(s, file):
                xerr=[interval(t.inside[PLAIN])[1] for t in group], label=name, marker=styles[name][0],
                color=styles[name][1])
     second.margins(0.12)
-    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.inside[PLAIN].mean())):     # below, above in turn
+    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.inside[PLAIN].mean())):     # below, above
         center, margin = np.nan_to_num(interval(t.outside[PLAIN]))
         second.text(t.inside[PLAIN].mean(), center - (-1)**i * margin, f" {t.name} ", fontsize=8, zorder=9,
                     ha="right" if i % 2 else "left", va="bottom" if i % 2 else "top")
