@@ -992,6 +992,8 @@ def test_a_text_that_is_read_more_than_once_is_said_to_be(made, tmp_path, monkey
         code, out, err = call(distill.main, flags(run), monkeypatch, capsys)
         assert code == 0 and len(err) == (times == 3)
     assert f"has {n:,} tokens to train on: a run of {3 * n:,} reads them 3.0 times" in err[0]
+    table = str(tmp_path / "1" / "ckpt.pt")                   # a teacher at any context length
+    distill.train(config(str(made / "other"), tmp_path / "long", teacher=table, alpha=(0.5,), block_size=64))
 
 
 def test_numbers_with_units_and_names_of_models():
