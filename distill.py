@@ -132,7 +132,8 @@ def train(config, show_progress=True):
         note_repeats(config.data, config.tokens)
     if shape.counts:                                         # a table counts in place of training
         if shape.vocab_size > 4096:                          # it holds the square of that
-            raise UserError(f"--size {config.size} needs a vocabulary of at most 4096: use a network")
+            raise UserError(f"--size {config.size} needs a vocabulary of at most 4096: use a network "
+                            "(in sweep.py: --teachers)")
         if rank == 0:
             table = Table(shape)
             table.count(torch.from_numpy(batches.tokens[:config.tokens].astype("int64")))
