@@ -122,6 +122,9 @@ def train(config, show_progress=True):
         raise UserError(f"--batch_size {config.batch_size} is not divisible by {world} ranks")
     meta = load_meta(config.data)
     shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
+    if shape.counts and shape.vocab_size > 4096:             # a table holds the square of that
+        raise UserError(f"--size {config.size} needs a vocabulary of at most 4096: use a network "
+                        "(in sweep.py: --teachers)")
     batches = Batches(f"{config.data}/train.bin", config.batch_size, config.block_size, config.seed)
     teacher, teacher_id = load_teacher(config, meta, device) if config.teacher else (None, None)
     settings = settings_of(config, meta, dtype, teacher_id)
@@ -131,9 +134,6 @@ def train(config, show_progress=True):
     if show_progress and rank == 0:
         note_repeats(config.data, config.tokens)
     if shape.counts:                                         # a table counts in place of training
-        if shape.vocab_size > 4096:                          # it holds the square of that
-            raise UserError(f"--size {config.size} needs a vocabulary of at most 4096: use a network "
-                            "(in sweep.py: --teachers)")
         if rank == 0:
             table = Table(shape)
             table.count(torch.from_numpy(batches.tokens[:config.tokens].astype("int64")))

@@ -405,10 +405,10 @@ def draw(s, file):
                xerr=[interval(t.inside[PLAIN])[1] for t in group], label=name, marker=styles[name][0],
                color=styles[name][1])
     second.margins(0.12)
-    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.inside[PLAIN].mean())):     # below, above
+    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.inside[PLAIN].mean())):     # below, then above
         center, margin = np.nan_to_num(interval(t.outside[PLAIN]))
-        second.text(t.inside[PLAIN].mean(), center - (-1)**i * margin, f" {t.name} ", fontsize=8, zorder=9,
-                    ha="right" if i % 2 else "left", va="bottom" if i % 2 else "top")
+        y, ha, va = (center + margin, "right", "bottom") if i % 2 else (center - margin, "left", "top")
+        second.text(t.inside[PLAIN].mean(), y, f" {t.name} ", ha=ha, va=va, fontsize=8, zorder=9)
     second.axline((0, 0), slope=s.rate[PLAIN], color="0.7", label="what more text gives")
     second.set_xlabel("gain in domain, nats per token")
     second.locator_params(nbins=5)

@@ -922,6 +922,9 @@ def made(corpus, trained, tmp_path_factory):
     (folder / "short.txt").write_text("short")
     torch.save({"model": {}, "model_args": {}, "config": {"device": "cpu"}}, folder / "nanogpt.pt")
     (folder / "utf16.txt").write_bytes(poem(200).encode("utf-16-le"))
+    shutil.copytree(folder / "other", folder / "wide")
+    meta = data.load_meta(folder / "wide") | {"vocab_size": 5000}
+    (folder / "wide" / "meta.json").write_text(json.dumps(meta))
     shutil.copytree(folder / "other", folder / "cut")
     (folder / "cut" / "val.bin").write_bytes((folder / "other" / "val.bin").read_bytes()[:-2])
     return folder
@@ -944,6 +947,7 @@ BAD = [
     (distill.main, "--alpha 0.5", "needs a --teacher"),
     (distill.main, "--teacher run/ckpt.pt", "has no effect at alpha 0"),
     (distill.main, "--size bigram --teacher run/ckpt.pt --alpha 1", "takes no teacher"),
+    (distill.main, "--data wide --size bigram", "a vocabulary of at most 4096"),
     (distill.main, "--tokens 10", "less than a step"),
     (distill.main, "--device cuda:77", "is not available"),
     (distill.main, "--teacher absent.pt --alpha 1", "no checkpoint at absent.pt"),
