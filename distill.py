@@ -3,17 +3,16 @@ The loss and the training loop. With alpha = 0 this is plain pretraining, which 
 alpha above 0 a student learns from --teacher as well. eval.py measures the losses on held-out text.
 
     python data.py                                                     # once: text -> data/python
-    python distill.py --size xs --tokens 2M --seed 1001 --out out/xs   # a (weak) teacher, with another seed
-    python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0,0.25,1 --out out/taught
-    torchrun --nproc_per_node=8 distill.py --data data/fineweb-edu --size 350M ...     # 8 GPUs share a batch
+    python distill.py --size xs --tokens 2M --seed 2000 --out out/xs   # a (weak) teacher, with another seed
+    python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0.25 --out out/taught
+    torchrun --nproc_per_node=8 distill.py --data data/fineweb --size 350M ...         # 8 GPUs share a batch
 
 For a token with label y, student logits z, teacher logits t, temperature tau (1 in the paper, readers report)
 
     loss = (1 - alpha) * CE(z, y)  +  alpha * tau^2 * KL( softmax(t/tau) || softmax(z/tau) )
 
-Several alphas train a student each, side by side, on the same batches, with one teacher forward pass for
-all. If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
-ckpt.pt (with several alphas alpha_A/ckpt.pt), log.jsonl, and state.pt while the run is unfinished.
+If interrupted, rerun the same command to resume. Reads the corpus folder of data.py. Writes below --out:
+ckpt.pt, log.jsonl, settings.json (what made them), and state.pt while the run is unfinished.
 
 "Strong Teacher Not Needed? On Distillation in LLM Pretraining", arXiv 2605.23857; Hinton et al., 1503.02531.
 """
@@ -24,9 +23,10 @@ import inspect
 import json
 import math
 import os
+import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -34,8 +34,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (END_OF_TEXT, Batches, UserError, load_meta, load_tokenizer, load_tokens, make_parser,
-                  note_repeats, run_main, whole_number)
+from data import Batches, UserError, load_meta, make_parser, note_repeats, run_main, whole_number
 from model import (GPT, SIZES, GPTConfig, Table, autocast, load_checkpoint, pick_device, save_checkpoint,
                    save_file)
 
@@ -49,7 +48,7 @@ class Config:
     tokens: int = 1_500_000       # training tokens, rounded down to whole steps; 1.5M is 1,500,000
     seed: int = 1                 # of the initial weights and of the order of the data
     teacher: str = ""             # a ckpt.pt, or a Hugging Face folder or name; empty: plain pretraining
-    alpha: tuple = (0.0,)         # weight of distillation, 0 to 1; 0,0.25,1 trains three students at once
+    alpha: float = 0.0            # weight of distillation, from 0 (the text alone) to 1 (the teacher alone)
     temperature: float = 1.0      # of both distributions in the distillation term
     top_k: int = 0                # keep the teacher's k likeliest tokens (1: hard labels); 0: all of them
     batch_size: int = 8           # sequences in a batch, over all GPUs
@@ -111,137 +110,105 @@ def distill_loss_reference(hidden, weight, targets, alpha, teacher_logits=None, 
 
 def train(config, show_progress=True):
     """
-    Train one student for each alpha of config -> paths of the checkpoints, one for each alpha.
+    Train one model -> the path of its checkpoint.
 
     Deterministic for a given CPU and thread count, interrupted or not. Raises UserError.
     """
-    check(config)
-    device, dtype = pick_device(config.device, config.dtype)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # by torchrun
-    if config.batch_size % world:
-        raise UserError(f"--batch_size {config.batch_size} is not divisible by {world} ranks")
     meta = load_meta(config.data)
-    shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
-    if shape.counts and shape.vocab_size > 4096:             # a table holds the square of that
-        raise UserError(f"--size {config.size} needs a vocabulary of at most 4096: use a network "
-                        "(in sweep.py: --teachers)")
+    check(config, meta["vocab_size"])
+    device, dtype = pick_device(config.device, config.dtype)
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # set by torchrun
     batches = Batches(f"{config.data}/train.bin", config.batch_size, config.block_size, config.seed)
-    teacher, teacher_id = load_teacher(config, meta, device) if config.teacher else (None, None)
-    settings = settings_of(config, meta, dtype, teacher_id)
-    paths, state = open_folder(config, settings)
-    if all(map(os.path.exists, paths)):                      # finished before
-        return paths
-    if show_progress and rank == 0:
+    teacher, teacher_id = load_teacher(config, meta, device)                 # None, None without one
+    settings = {**recipe(config, meta, dtype), "size": config.size, "tokens": config.tokens,
+                "seed": config.seed, "alpha": config.alpha, "teacher": teacher_id}
+    path = open_folder(config.out, settings)
+    if os.path.exists(path):                                 # finished before
+        return path
+    show_progress = show_progress and rank == 0
+    if show_progress:
         note_repeats(config.data, config.tokens)
+    shape = GPTConfig(meta["vocab_size"], config.block_size, **SIZES[config.size])
     if shape.counts:                                         # a table counts in place of training
-        if rank == 0:
-            table = Table(shape)
-            table.count(torch.from_numpy(batches.tokens[:config.tokens].astype("int64")))
-            save_checkpoint(paths[0], table, alpha=0.0, settings=settings)
-        return paths
+        model = Table(shape)
+        model.count(torch.from_numpy(batches.tokens[:config.tokens].astype("int64")))
+        save_checkpoint(path, model, settings=settings)
+        return path
 
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
+    torch.manual_seed(config.seed)
+    model = GPT(shape).to(device)
+    optimizer = make_optimizer(config, model)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    forward, teacher_forward, loss_fn = fast_functions(config, model, teacher, device)
+    first_step, log_size = resume(config.out, model, optimizer, scaler)      # 0, 0 in a new run
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    maybe_compile = compiler(device) if config.compile else lambda function: function
-    fused_loss = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
-    loss_fn = fused_loss if config.fused else distill_loss_reference
-    teacher_forward = maybe_compile(teacher.forward) if teacher else None
-    students = [Student(shape, alpha, config, device, dtype, maybe_compile) for alpha in config.alpha]
-    first_step, log = state["step"], open(f"{config.out}/log.jsonl" if rank == 0 else os.devnull, "w")
-    print(state["log"], end="", file=log, flush=True)        # without the lines of steps after the saved one
-    for student, saved in zip(students, state["students"]):  # none in a new run
-        for part, values in zip(student.parts, saved):
-            part.load_state_dict(values)
+        join_ranks(device, first_step)
+    log = open(f"{config.out}/log.jsonl" if rank == 0 else os.devnull, "a")
+    if rank == 0:
+        log.truncate(log_size)                               # cut the lines of steps after the saved one
     bar = tqdm(range(first_step, config.steps), initial=first_step, total=config.steps, unit="step",
-               desc=f"{config.size} x {len(students)}",
-               disable=None if show_progress and rank == 0 else True)        # None: off without a terminal
-    last_logged, logged_at = first_step, time.perf_counter()
-    saved_at = logged_at
+               desc=config.size, leave=False, disable=None if show_progress else True)
+    last_logged = first_step
+    logged_at = saved_at = time.perf_counter()
 
-    # A step: for each micro-batch the teacher's forward, and each student's forward, loss and backward; then
-    # each student's optimizer step. The rest is for several GPUs, float16, NaN and the log.
     for step in bar:
-        losses = torch.zeros(len(students), 2, device=device)                # ce and kl, means over the step
-        micro_weight = 1 / config.accumulate / world         # so that sums over batches and ranks are means
+        # forward and backward, a micro-batch at a time: gradients add up to those of the whole batch
+        losses = torch.zeros(2, device=device)               # ce and kl, means over the step
+        share = 1 / config.accumulate / world                # of a micro-batch in the step
         for micro in range(config.accumulate):
-            x, y = (part[rank::world] for part in batches[step * config.accumulate + micro])   # (B, T) each
-            if device.type == "cuda":                        # from pinned memory the copy does not wait
-                x, y = x.pin_memory(), y.pin_memory()
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            with torch.no_grad(), autocast(device, dtype):   # one teacher forward serves every student
+            x, y = get_batch(batches, step * config.accumulate + micro, rank, world, device)     # (B, T) each
+            with torch.no_grad(), autocast(device, dtype):
                 teacher_logits = teacher_forward(x) if teacher else None     # (B, T, V)
-            for i, student in enumerate(students):           # on the same batch
-                with autocast(device, dtype):
-                    hidden = student.forward(x)              # (B, T, C)
-                    loss, ce, kl = loss_fn(hidden, student.model.lm_head.weight, y, student.alpha,
-                                           teacher_logits if student.alpha else None,
-                                           config.temperature, config.top_k)
-                student.scaler.scale(loss * micro_weight).backward()
-                losses[i] += micro_weight * torch.stack([ce, kl])
+            with autocast(device, dtype):
+                hidden = forward(x)                          # (B, T, C)
+                loss, ce, kl = loss_fn(hidden, model.lm_head.weight, y, config.alpha, teacher_logits,
+                                       config.temperature, config.top_k)
+            scaler.scale(loss * share).backward()
+            losses += torch.stack([ce, kl]) * share
+
+        # the update
         lr = learning_rate(config, step)
-        for student in students:
-            if world > 1:                                    # sum the gradients over ranks
-                for p in student.model.parameters():
-                    dist.all_reduce(p.grad)
-            for group in student.optimizer.param_groups:
-                group["lr"] = lr
-            student.scaler.unscale_(student.optimizer)
-            torch.nn.utils.clip_grad_norm_(student.model.parameters(), config.grad_clip or math.inf)
-            student.scaler.step(student.optimizer)
-            student.scaler.update()
-            student.optimizer.zero_grad(set_to_none=True)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if world > 1:
+            for p in model.parameters():
+                dist.all_reduce(p.grad)
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
 
         # the log and the saved state; a step that writes neither does not wait for the GPU
         now = time.perf_counter()
         logging = step % config.log_every == 0 or step + 1 == config.steps
         saving = rank == 0 and step + 1 < config.steps and now - saved_at > config.save_every
-        if logging or saving:                                # NaN stays in weights; float16's scale falls
-            sound = all(p.isfinite().all() for student in students for p in student.model.parameters())
-            if not sound or any(student.scaler.get_scale() < 1 for student in students):
-                raise UserError(f"the loss is NaN or inf between steps {last_logged} and {step} (learning "
-                                f"rate {lr:.3g}): lower --lr and choose another --out, or check the data")
+        if logging or saving:
+            stop_if_nan(model, scaler, f"between steps {last_logged} and {step}, learning rate {lr:.3g}")
         if logging:
             if world > 1:
                 dist.all_reduce(losses)
-            ce, kl = ([round(x, 5) for x in column] for column in losses.T.tolist())
+            ce, kl = (round(x, 5) for x in losses.tolist())
             tokens_per_s = round(config.tokens_per_step * (step + 1 - last_logged) / (now - logged_at))
-            last_logged, logged_at = step + 1, now
-            print(json.dumps({"step": step, "lr": lr, "alpha": config.alpha, "ce": ce, "kl": kl,
+            print(json.dumps({"step": step, "lr": lr, "ce": ce, "kl": kl, "grad_norm": norm.item(),
                               "tokens_per_s": tokens_per_s}), file=log, flush=True)
-            bar.set_postfix_str(f"ce {ce[-1]:.3f}", refresh=False)
+            bar.set_postfix_str(f"ce {ce:.3f}", refresh=False)
+            last_logged = step + 1
+            logged_at = now
         if saving:
-            states = [[part.state_dict() for part in student.parts] for student in students]
-            save_file(f"{config.out}/state.pt", {"settings": settings, "step": step + 1, "students": states,
-                                                 "log": Path(log.name).read_text()})
+            save_file(f"{config.out}/state.pt", {
+                "step": step + 1, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(), "log_size": os.path.getsize(log.name)})
             saved_at = now
 
     log.close()
     if rank == 0:
-        for student, path in zip(students, paths):
-            save_checkpoint(path, student.model, alpha=student.alpha, settings=settings)
+        save_checkpoint(path, model, settings=settings)
         Path(config.out, "state.pt").unlink(missing_ok=True)
     if world > 1:
-        dist.barrier()                                       # the files are there for every rank
+        dist.barrier()                                       # the checkpoint is there for every rank
         dist.destroy_process_group()
-    return paths
-
-
-class Student:
-    """A model in training (teachers too): its alpha, its optimizer, and the loss scaler for float16."""
-
-    def __init__(self, shape, alpha, config, device, dtype, maybe_compile):
-        torch.manual_seed(config.seed)                       # every alpha starts from the same weights
-        self.alpha, self.model = alpha, GPT(shape).to(device)
-        self.forward = maybe_compile(self.model.hidden)      # ids (B, T) -> hidden states (B, T, C)
-        parameters = [*self.model.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}],
-            betas=(0.9, 0.95), fused=device.type in ("cpu", "cuda"))
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        self.parts = self.model, self.optimizer, self.scaler                 # what a saved state holds
+    return path
 
 
 def learning_rate(config, step):
@@ -254,61 +221,32 @@ def learning_rate(config, step):
     return peak * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-# ---- what comes before the loop ----------------------------------------------
-
-def check(config):
-    """Refuse settings that do not make sense."""
-    for names, low, high in (("tokens batch_size block_size accumulate log_every", 1, math.inf),
-                             ("top_k lr weight_decay grad_clip save_every", 0, math.inf),
-                             ("temperature", 0.001, math.inf), ("seed", 0, 2**63 - 1),
-                             ("min_lr warmup", 0, 1)):
-        for name in names.split():
-            value = getattr(config, name)
-            if not low <= value <= high:                     # refuses NaN too
-                raise UserError(f"--{name} must be from {low} to {high}, not {value}")
-    for mistake, message in (
-            (not all(0 <= a <= 1 for a in config.alpha), f"--alpha must be from 0 to 1, not {config.alpha}"),
-            (any(config.alpha) and not config.teacher, "--alpha above 0 needs a --teacher"),
-            (config.teacher and not any(config.alpha), "a --teacher has no effect at alpha 0: try 0.25"),
-            (config.teacher and "counts" in SIZES[config.size], f"--size {config.size} takes no teacher"),
-            (not config.steps, f"--tokens {config.tokens} is less than a step of {config.tokens_per_step}")):
-        if mistake:
-            raise UserError(message)
+def get_batch(batches, i, rank, world, device):
+    """Batch i on the device -> inputs and labels, (B, T) each; with several ranks, this rank's part of it."""
+    x, y = (part[rank::world].contiguous() for part in batches[i])
+    if device.type == "cuda":                                # from pinned memory the copy does not wait
+        x, y = x.pin_memory(), y.pin_memory()
+    return x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def settings_of(config, meta, dtype, teacher_id):
-    """All that determines a run's result, up to rounding; and `fused`, as people edit the plain loss."""
-    settings = {"corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"],
-                **asdict(config), "dtype": str(dtype), "teacher": teacher_id}
-    for name in ("data", "out", "device", "compile", "log_every", "save_every"):
-        del settings[name]
-    return settings
-
-
-def open_folder(config, settings):
-    """
-    Make the folders below --out -> paths of the checkpoints, and the state to start from: that of an
-    unfinished run, or step 0. Raises UserError if the folder holds files from other settings.
-    """
-    out, state = Path(config.out), {"step": 0, "students": [], "log": ""}
-    for path in (*out.glob("state.pt"), *out.glob("ckpt.pt"), *out.glob("alpha_*/ckpt.pt")):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.get("settings") != settings:
-            raise UserError(f"{path} comes from a run with other settings: choose another --out")
-        if path.name == "state.pt":
-            state = saved
-    folders = [out / f"alpha_{alpha:g}" for alpha in config.alpha] if len(config.alpha) > 1 else [out]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    return [str(folder / "ckpt.pt") for folder in folders], state
+def make_optimizer(config, model):
+    """AdamW, with weight decay on matrices only, as in GPT-2's successors."""
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=decayed[0].device.type in ("cpu", "cuda"))
 
 
 def load_teacher(config, meta, device):
-    """-> the frozen teacher, and its identity: a name, and a hash of the weights."""
+    """-> the frozen teacher and its identity, a name and a hash of the weights; (None, None) without one."""
+    if not config.teacher:
+        return None, None
     if config.teacher.endswith(".pt") or os.path.isfile(config.teacher):
         teacher, extra = load_checkpoint(config.teacher, device, meta["tokenizer"])
         name = extra["settings"]["size"]
     else:
+        from extras.hf import ForeignTeacher
         name = config.teacher
         teacher = ForeignTeacher(name, config.data, meta["vocab_size"]).to(device)
     if teacher.config.block_size < config.block_size and not teacher.config.counts:
@@ -319,37 +257,85 @@ def load_teacher(config, meta, device):
     return teacher.eval().requires_grad_(False), {"name": name, "weights": digest.hexdigest()}
 
 
-class ForeignTeacher(torch.nn.Module):
-    """
-    A causal language model of Hugging Face as a teacher, in float32; its tokenizer must produce the corpus's
-    ids. Token ids (B, T) -> logits (B, T, V), cut or padded to the corpus's vocabulary.
-    """
+# ---- what is refused, and what is resumed -------------------------------------
 
-    def __init__(self, name, data_dir, vocab_size):
-        super().__init__()
-        try:
-            from transformers import AutoModelForCausalLM, AutoTokenizer
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            self.model = AutoModelForCausalLM.from_pretrained(name).float()
-        except ImportError as e:
-            raise UserError(f"--teacher {name} is not a .pt file: pip install transformers ({e})") from None
-        except Exception as e:                               # transformers raises many kinds
-            reason = str(e).partition("\n")[0]
-            raise UserError(f"--teacher {name} is neither a .pt file nor a model that transformers loads: "
-                            f"{reason}") from None
-        encoding = load_tokenizer(data_dir)
-        ids = load_tokens(f"{data_dir}/val.bin")[:10_000].tolist()
-        text = max(encoding.decode(ids).split(END_OF_TEXT), key=len)         # a stretch without end-of-text
-        if tokenizer.encode(text, add_special_tokens=False) != encoding.encode_ordinary(text):
-            raise UserError(f"the tokenizer of {name} does not give the tokens of {data_dir}: data.py "
-                            "--vocab_size gpt2 makes a corpus in GPT-2's")
-        self.vocab_size = vocab_size
-        self.config = GPTConfig(vocab_size, self.model.config.max_position_embeddings)
+def check(config, vocab_size):
+    """Refuse settings that make no sense."""
+    at_least_0, at_least_1 = (0, math.inf), (1, math.inf)
+    limits = dict(alpha=(0, 1), seed=(0, 2**63 - 1), temperature=(0.001, math.inf), warmup=(0, 1),
+                  lr=at_least_0, top_k=at_least_0, grad_clip=at_least_0, tokens=at_least_1,
+                  batch_size=at_least_1, block_size=at_least_1, accumulate=at_least_1,
+                  log_every=at_least_1)
+    for name, (low, high) in limits.items():
+        value = getattr(config, name)
+        if not low <= value <= high:                         # refuses NaN too
+            raise UserError(f"--{name} must be from {low} to {high}, not {value}")
+    if config.alpha and not config.teacher:
+        raise UserError("--alpha above 0 needs a --teacher")
+    if config.teacher and not config.alpha:
+        raise UserError("a --teacher has no effect at alpha 0: try 0.25")
+    if not config.steps:
+        raise UserError(f"--tokens {config.tokens} is less than a step of {config.tokens_per_step}")
+    if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"--batch_size {config.batch_size} is not divisible by the number of ranks")
+    if "counts" in SIZES[config.size]:
+        if config.teacher:
+            raise UserError(f"--size {config.size} takes no teacher")
+        if vocab_size > 4096:                                # a table holds the square of that
+            raise UserError(f"--size {config.size} needs a vocabulary of at most 4096: use a network (in "
+                            "sweep.py: --teachers)")
 
-    def forward(self, idx):
-        logits = self.model(idx).logits[..., :self.vocab_size]
-        lowest = max(-1e9, torch.finfo(logits.dtype).min)    # under autocast they may be float16
-        return F.pad(logits, (0, self.vocab_size - logits.size(-1)), value=lowest)
+
+def recipe(config, meta, dtype):
+    """What determines a model besides its size, tokens, seed, alpha and teacher, up to rounding."""
+    names = ("temperature", "top_k", "batch_size", "block_size", "accumulate", "lr", "min_lr", "warmup",
+             "weight_decay", "grad_clip", "fused")           # fused, as people edit the plain loss
+    return {"corpus": meta["fingerprint"], "tokenizer": meta["tokenizer"], "dtype": str(dtype),
+            **{name: getattr(config, name) for name in names}}
+
+
+def open_folder(out, settings):
+    """Make the folder -> path of the checkpoint. Raises UserError if it holds a run with other settings."""
+    text, known = json.dumps(settings, indent=1), Path(out, "settings.json")
+    if Path(out, "ckpt.pt").exists() or Path(out, "state.pt").exists():
+        if not known.exists() or known.read_text() != text:
+            raise UserError(f"{out} holds a run with other settings: choose another --out, or delete it")
+    else:
+        os.makedirs(out, exist_ok=True)
+        known.write_text(text)
+    return f"{out}/ckpt.pt"
+
+
+def resume(out, model, optimizer, scaler):
+    """Load the saved state, if there is one -> the step to start from, and how long the log was."""
+    path = f"{out}/state.pt"
+    if not os.path.exists(path):
+        return 0, 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    except Exception as e:                                   # torch raises many kinds
+        raise UserError(f"{path} is damaged ({type(e).__name__}): delete it to start anew") from None
+    return state["step"], state["log_size"]
+
+
+def join_ranks(device, first_step):
+    """Connect torchrun's ranks, which must start from the same step."""
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    steps = torch.tensor([first_step, -first_step], device=device)
+    dist.all_reduce(steps, dist.ReduceOp.MAX)
+    if steps[0] != -steps[1]:
+        raise UserError("the ranks would resume from different steps: --out must be a folder they all share")
+
+
+def stop_if_nan(model, scaler, when):
+    """NaN stays in weights, and float16's scale falls: so it is enough to look now and then."""
+    finite = torch.stack([p.isfinite().all() for p in model.parameters()]).all()
+    if not finite or scaler.get_scale() < 1:
+        raise UserError(f"the loss is NaN or inf ({when}): lower --lr or check the data; if a teacher "
+                        "overflows in float16, try --dtype bfloat16 or float32. Choose another --out")
 
 
 # ------------------------------------------------------------------------------
@@ -389,24 +375,28 @@ class FusedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, alpha, teacher_logits, temperature, top_k, chunk_fn):
-        device, h, w, y = hidden.device, hidden.flatten(0, -2), weight, targets.flatten()
-        if teacher_logits is None:
-            alpha = 0.0
+        device = hidden.device
+        h, w, y = hidden.flatten(0, -2), weight, targets.flatten()           # (N, C), (V, C), (N,)
         if torch.is_autocast_enabled(device.type):           # products in low precision, the rest in float32
-            h, w = (x.to(torch.get_autocast_dtype(device.type)) for x in (h, w))
+            low = torch.get_autocast_dtype(device.type)
+            h, w = h.to(low), w.to(low)
         N, V = len(y), len(w)
         chunks = N / CHUNK_TOKENS if device.type == "cpu" else N * V * 4 / CHUNK_BYTES
         rows = math.ceil(N / math.ceil(chunks))              # of about equal length
+        alpha = alpha if teacher_logits is not None else 0.0
         alpha_tensor = torch.full((), alpha, device=device)  # a float would be recompiled for each value
         z_buffer = h.new_empty(rows, V)                      # for all chunks: allocating each is 20 % slower
-        dh, dw, ce, kl = torch.empty_like(h), torch.zeros_like(weight), 0.0, 0.0
+        dh, dw = torch.empty_like(h), torch.zeros_like(weight)
+        ce, kl = 0.0, 0.0
         with torch.autocast(device.type, enabled=False):
             for start in range(0, N, rows):
                 part = slice(start, min(start + rows, N))
                 z = torch.mm(h[part], w.T, out=z_buffer[:part.stop - start])                 # (n, V)
-                t = None if teacher_logits is None else keep_top_k(teacher_logits.flatten(0, -2)[part], top_k)
-                ce_part, kl_part, dz = chunk_fn(z, t, y[part], alpha_tensor, temperature)
-                ce, kl = ce + ce_part, kl + kl_part
+                t = None
+                if teacher_logits is not None:
+                    t = keep_top_k(teacher_logits.flatten(0, -2)[part], top_k)
+                ce_sum, kl_sum, dz = chunk_fn(z, t, y[part], alpha_tensor, temperature)
+                ce, kl = ce + ce_sum, kl + kl_sum
                 torch.mm(dz, w, out=dh[part])
                 dw += dz.T @ h[part]                         # the sum over chunks is in float32
         ce, kl = ce / N, kl / N
@@ -425,16 +415,25 @@ def distill_loss(hidden, weight, targets, alpha, teacher_logits=None, temperatur
                  chunk_fn=chunk_loss):
     """
     distill_loss_reference in its fast form: same arguments, same results; chunk_fn may be compiled. In
-    bfloat16 either form rounds logits to 8 bits: at alpha 1 that changes the gradient by 2 %, and by a third
-    where student and teacher are within 0.05 nats.
+    bfloat16 either form rounds logits to 8 bits, which shows where student and teacher nearly agree.
     """
     return FusedLoss.apply(hidden, weight, targets, alpha, teacher_logits, temperature, top_k, chunk_fn)
+
+
+def fast_functions(config, model, teacher, device):
+    """-> model.hidden, teacher.forward (None without one) and the loss, compiled and fused as config says."""
+    maybe_compile = compiler(device) if config.compile else lambda function: function
+    fused_loss = functools.partial(distill_loss, chunk_fn=maybe_compile(chunk_loss))
+    return (maybe_compile(model.hidden), maybe_compile(teacher.forward) if teacher else None,
+            fused_loss if config.fused else distill_loss_reference)
 
 
 @functools.cache
 def compiler(device):
     """-> torch.compile, or the identity, with one warning, where it does not work."""
-    torch._dynamo.config.cache_size_limit = 64               # 8 is too few: a worker compiles many models
+    limits = torch._dynamo.config
+    name = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+    setattr(limits, name, 64)                                # 8 is too few: a worker compiles many models
     try:
         torch.compile(lambda x: x.sin() + 1, dynamic=False)(torch.ones(8, device=device))
         return functools.partial(torch.compile, dynamic=False)
@@ -447,11 +446,6 @@ def compiler(device):
 
 # ---- the command line --------------------------------------------------------
 
-def list_of_numbers(text):
-    """'0,0.25' -> (0.0, 0.25)."""
-    return tuple(float(part) for part in text.split(","))
-
-
 def true_or_false(text):
     """'true' -> True, 'false' -> False."""
     return ("false", "true").index(text) == 1                # a ValueError for anything else
@@ -460,7 +454,7 @@ def true_or_false(text):
 def parse_config(argv=None):
     """Command line -> Config."""
     parser = make_parser(f"{__doc__}\nFlags, with their defaults:\n\n{inspect.getsource(Config)}")
-    kinds = {int: whole_number, float: float, str: str, bool: true_or_false, tuple: list_of_numbers}
+    kinds = {int: whole_number, float: float, str: os.path.expanduser, bool: true_or_false}
     choices = {"size": SIZES, "dtype": ("auto", "float32", "bfloat16", "float16")}
     for f in fields(Config):
         parser.add_argument(f"--{f.name}", type=kinds[f.type], default=f.default, choices=choices.get(f.name),
@@ -471,10 +465,14 @@ def parse_config(argv=None):
 def main():
     """Train what the command line asks for, and print where it is saved."""
     start, config = time.perf_counter(), parse_config()
-    paths = train(config)
-    if int(os.environ.get("RANK", 0)) == 0:
-        seconds = time.perf_counter() - start
-        print(f"{seconds:.0f} s; next: python eval.py {' '.join(paths)} --data {config.data}")
+    finished = os.path.exists(f"{config.out}/ckpt.pt")
+    if int(os.environ.get("RANK", 0)) > 0:
+        return train(config)
+    path = train(config)
+    if finished:
+        print(f"{path} was finished before: delete {config.out} to train again", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"{seconds:.0f} s; next: {shlex.join(['python', 'eval.py', path, '--data', config.data])}")
 
 
 if __name__ == "__main__":

@@ -1,65 +1,59 @@
 """
-What is a model worth? Its loss in and out of distribution, and a task. What does a study show? The second
-half turns the results.jsonl of a sweep into four findings.
+What is a model worth? Its loss and accuracy, in and out of distribution. What does a study show? The second
+half turns the results.jsonl of a sweep into five findings.
 
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt                  # a table of both
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "  # what they write
     python sweep.py --report results/full                                # the findings of a study
 
-Loss is in nats per token; perplexity is its exponential. Each loss is given twice: as it is, and calibrated,
-with the logits divided by the temperature, from 0.8 to 1.4, that suits the model and the set best. That takes
-away what a model gains from smoothing alone. (One number fitted to 65,000 tokens cannot overfit.)
+Loss is in nats per token; perplexity is its exponential. Accuracy is the share of tokens that the model finds
+likeliest: unlike the loss, it does not change when all probabilities are smoothed or sharpened.
 """
 import json
 import math
 import os
-import textwrap
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from data import (UNITS, UserError, evenly_spaced, load_meta, load_tokenizer, load_windows, make_parser,
                   run_main, whole_number)
-from model import SIZES, autocast, load_checkpoint, pick_device
+from model import SIZES, GPTConfig, autocast, load_checkpoint, n_weights, pick_device
 
 
 # ---- one model ---------------------------------------------------------------
 
 IN, OUT = "in_domain", "ood/"            # how names of metrics begin; "outside" is the mean of the ood sets
-KINDS = PLAIN, CALIBRATED = "", "calibrated/"                # a prefix: losses as they are, or calibrated
-TEMPERATURES = (0.8, 0.87, 1.0, 1.2, 1.4)
+ACCURACY = "accuracy/"                   # before either: accuracy in place of loss
 
 
-def evaluate(model, data_dir, windows=512, items=500):
+def evaluate(model, data_dir, windows=512):
     """
-    -> {name: x}, over at most `windows` windows of each set and `items` items of the task:
-    in_domain, ood/SET                     loss in nats per token
-    calibrated/in_domain, calibrated/...   the same, calibrated
-    accuracy/brackets                      share of the items, where the corpus has the task
+    -> {name: x}, over at most `windows` windows of each set:
+    in_domain, ood/SET                         loss in nats per token
+    accuracy/in_domain, accuracy/ood/SET       share of tokens that are the likeliest
 
     The model runs in the dtype that training has by default on its device, even if it was trained in another.
     """
     metrics = {}
     for name, path in evaluation_sets(data_dir).items():
-        rows = read_windows(path, model.config.block_size, windows)
-        losses = token_losses(model, rows, TEMPERATURES).double().mean((1, 2)).tolist()
-        metrics[name], metrics[f"calibrated/{name}"] = losses[TEMPERATURES.index(1.0)], calibrated(losses)
-    for name in load_meta(data_dir)["tasks"]:
-        lines = Path(data_dir, f"task_{name}.jsonl").read_text().splitlines()
-        some = [json.loads(line) for line in evenly_spaced(lines, items)]
-        metrics[f"accuracy/{name}"] = accuracy(model, load_tokenizer(data_dir), some)
-    return {name: round(float(x), 6) for name, x in metrics.items()}
+        losses, hits = token_losses(model, read_windows(path, model.config.block_size, windows))
+        metrics[name] = losses.double().mean().item()
+        metrics[ACCURACY + name] = hits.double().mean().item()
+    return {name: round(x, 6) for name, x in metrics.items()}
 
 
 def evaluation_sets(data_dir):
     """-> {"in_domain": path, "ood/NAME": path ...} of a corpus folder."""
-    names = {"in_domain": "val"} | {f"ood/{name[4:]}": name for name in load_meta(data_dir)["sets"]
-                                    if name.startswith("ood_")}
-    return {name: f"{data_dir}/{file}.bin" for name, file in names.items()}
+    sets = {"in_domain": f"{data_dir}/val.bin"}
+    for name in load_meta(data_dir)["sets"]:
+        if name.startswith("ood_"):
+            sets["ood/" + name.removeprefix("ood_")] = f"{data_dir}/{name}.bin"
+    return sets
 
 
 def read_windows(path, block_size, most):
@@ -71,40 +65,23 @@ def read_windows(path, block_size, most):
 
 
 @torch.no_grad()
-def token_losses(model, rows, temperatures=(1.0,)):
-    """Rows of ids (N, T + 1) -> each token's loss in nats, at K temperatures: (K, N, T)."""
-    device, losses = next(model.buffers()).device, []        # a Table has no parameters
+def token_losses(model, rows):
+    """
+    Rows of ids (N, T + 1) -> losses (N, T), of each token in nats, and hits (N, T): is it the likeliest? If
+    several are equally likely, each counts.
+    """
+    device = next(model.buffers()).device                    # a Table has no parameters
     _, dtype = pick_device(str(device))
-    for part in rows.split(max(1, 2**19 // (rows.size(1) * model.config.vocab_size))):   # logits fit a cache
-        x, y = part[:, :-1].to(device), part[:, 1:].to(device)
+    logits_at_once = 2**19 if device.type == "cpu" else 2**28        # fits a CPU's cache; 1 GB on a GPU
+    losses, hits = [], []
+    for part in rows.split(max(1, logits_at_once // (rows.size(1) * model.config.vocab_size))):
+        x, y = part[:, :-1].to(device), part[:, 1:].to(device)               # (B, T) each
         with autocast(device, dtype):
-            logits = model(x).flatten(0, 1)                                  # (B T, V)
-        at_each = [F.cross_entropy(logits.float() / t, y.flatten(), reduction="none") for t in temperatures]
-        losses.append(torch.stack(at_each).view(-1, *y.shape).cpu())
-    return torch.cat(losses, dim=1)
-
-
-def calibrated(losses):
-    """
-    A model's mean losses at TEMPERATURES -> the least at any temperature between. As a function of
-    1 / temperature the loss is smooth and convex: the polynomial through the five points stands for it.
-    """
-    polynomial = np.polynomial.Polynomial.fit(1 / np.array(TEMPERATURES), losses, 4)
-    return polynomial(1 / np.arange(0.8, 1.4, 0.001)).min()
-
-
-def accuracy(model, encoding, items):
-    """The share of items whose right choice is the likeliest after the context."""
-    rows, lengths = [], []
-    for item in items:
-        context = [encoding.eot_token, *encoding.encode_ordinary(item["context"])]
-        for choice in map(encoding.encode_ordinary, item["choices"]):
-            rows.append(torch.tensor([*context, *choice][-model.config.block_size - 1:]))
-            lengths.append(len(choice))
-    losses, = token_losses(model, pad_sequence(rows, batch_first=True))      # padding is on the right, unseen
-    scores = [loss[len(row) - 1 - n:len(row) - 1].sum() for loss, row, n in zip(losses, rows, lengths)]
-    likeliest = torch.stack(scores).view(len(items), -1).argmin(1).tolist()
-    return np.mean([choice == item["label"] for choice, item in zip(likeliest, items)])
+            logits = model(x).float()                                        # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        losses.append(loss.view_as(y).cpu())
+        hits.append((logits.gather(-1, y[..., None])[..., 0] >= logits.amax(-1)).cpu())
+    return torch.cat(losses), torch.cat(hits)
 
 
 def metric(metrics, beginning):
@@ -116,20 +93,20 @@ def print_table(models, data_dir, windows):
     """Models side by side: a line per measure, a column each, in brackets the gain over the first."""
     columns = [evaluate(model, data_dir, windows) for model in models]
     for column in columns:
-        for kind in KINDS:
-            column[f"{kind}ood, mean"] = metric(column, kind + OUT)
+        column["ood, mean"] = metric(column, OUT)
+        column["accuracy/ood, mean"] = metric(column, ACCURACY + OUT)
     print("\nloss in nats per token; accuracy; in brackets: gain over [0]")
     print(f"{'':30}[0]" + "".join(f"{f'[{i}]':>9}{'':10}" for i in range(1, len(models))).rstrip())
     for name in columns[0]:
         first, *others = (column[name] for column in columns)
-        sign = 1 if name.startswith("accuracy") else -1      # a loss is better if it is lower
+        sign = 1 if name.startswith(ACCURACY) else -1        # a loss is better if it is lower
         print(f"{name:26}{first:7.4f}"
               + "".join(f"{x:9.4f} ({sign * (x - first):+.4f})" for x in others))
 
 
 # ------------------------------------------------------------------------------
 # What does a study show? From here on all is a function of the rows of results.jsonl, one per model:
-# {"model": "s@1.5M", "seed": 1, "teacher": null or "xs@2M", "teacher_seed": null or 1001, "alpha": 0.25,
+# {"model": "s@1.5M", "seed": 71, "teacher": null or "xs@2M", "teacher_seed": null or 2000, "alpha": 0.25,
 #  "setup": {what else determines the metrics: the corpus, windows, settings of training}, "flops": of its
 #  training, "teacher_flops": of its teacher's forward passes, "seconds": 39.8, "metrics": {of evaluate()}}
 
@@ -164,13 +141,15 @@ def read_rows(path, setup=None):
             numbers = [*row["metrics"].values(), row["flops"], row["teacher_flops"], row["seconds"]]
             if not np.isfinite(numbers).all() or not row.keys() >= {*KEYS}:
                 raise ValueError
-            setup, mine = setup or row["setup"], row["setup"]
-            different = [name for name in {**setup, **mine} if setup.get(name) != mine.get(name)]
+            row["metrics"][ACCURACY + IN]                    # which earlier versions did not have
+            mine = {**row["setup"]}
         except Exception:                                    # edited by hand, or of another version
             raise UserError(f"{path}: line {number} is not a result of this version") from None
-        for name in different:
-            raise UserError(f"{path}: line {number} was made with {name} {mine.get(name)}, not with "
-                            f"{setup.get(name)}: choose another --out")
+        setup = setup or mine
+        for name in {**setup, **mine}:
+            if setup.get(name) != mine.get(name):
+                raise UserError(f"{path}: line {number} was made with {name} {mine.get(name)}, not with "
+                                f"{setup.get(name)}: choose another --out")
         rows.append(row)
     return rows
 
@@ -183,8 +162,10 @@ def interval(x):
 
 
 def show(x, digits=3):
-    """One value a seed -> '+0.012 ± 0.003', the mean alone for a single seed."""
+    """One value a seed -> '+0.012 ± 0.003', the mean alone for a single seed, '-' for nan."""
     center, margin = interval(x)
+    if math.isnan(center):
+        return "-"
     return f"{round(center, digits) + 0.0:+.{digits}f}" + (f" ± {margin:.{digits}f}" if len(x) > 1 else "")
 
 
@@ -196,241 +177,291 @@ def judge(x):
     return "reproduced" if center > margin else "not reproduced" if center < -margin else "undecided"
 
 
-def best_alpha(gains):
-    """Gains (alphas, seeds) -> for each seed the index of the alpha that gains most on the other seeds."""
-    others = gains.sum(1, keepdims=True) - gains if gains.shape[1] > 1 else gains
-    return others.argmax(0)
+# ---- one seed chooses alpha, the others test it -------------------------------
+
+def choose(rows, student):
+    """
+    -> the seed that chooses, and {teacher: {alpha: gain outside on that seed}}; (None, {}) without students.
+
+    It is the seed with most students, as only one tries every alpha; of equals the first in the file. So what
+    is added later changes nothing that is decided.
+    """
+    taught = [row for row in rows if row["model"] == student and row["teacher"]]
+    students = Counter(row["seed"] for row in taught)
+    chooser, gains = max(students, key=students.get, default=None), {}
+    alone = [row for row in rows if row["model"] == student and row["seed"] == chooser and not row["teacher"]]
+    for row in taught:
+        if alone and row["seed"] == chooser:
+            gain = metric(alone[0]["metrics"], OUT) - metric(row["metrics"], OUT)
+            gains.setdefault(row["teacher"], {})[row["alpha"]] = gain
+    return chooser, gains
+
+
+def best(gains):
+    """{0.25: 0.1, 1.0: -0.2} -> 0.25: the alpha that gains most."""
+    return max(gains, key=gains.get)
 
 
 def study(rows, student):
     """
-    One student's rows -> its seeds that have every row of the grid, and what each teacher, weakest first,
-    brought it; None without such a seed. A gain is an array of one value a seed: how many nats per token less
-    than the student alone of that seed.
+    One student's rows -> what each teacher brought it, weakest first; None before a test seed is complete.
+
+    The chooser's alphas are tested on the other seeds; with a single alpha, or a single seed, every seed
+    tests. A gain is an array of one value a test seed: how much lower the loss (or how many points higher the
+    accuracy) is than that of the student alone.
     """
     by_key = {tuple(row[key] for key in KEYS): row for row in rows}
     taught = [row for row in rows if row["model"] == student and row["teacher"]]
-    names, alphas, seeds = (sorted({row[key] for row in taught}) for key in ("teacher", "alpha", "seed"))
-    teacher_seed = {row["seed"]: row["teacher_seed"] for row in taught}
+    teacher_seed = {row["seed"]: row["teacher_seed"] for row in taught}      # seeds in the order of the file
+    chooser, curves = choose(rows, student)
+    alphas = sorted({alpha for curve in curves.values() for alpha in curve})
+    alpha = {name: best(curve) for name, curve in curves.items() if len(curve) == len(alphas)}
+    tests = [seed for seed in teacher_seed
+             if seed != chooser or len(alphas) == 1 or len(teacher_seed) == 1]
+    tested = {(row["teacher"], row["alpha"]) for row in taught if row["seed"] in tests}
+    names = [name for name in sorted(alpha) if (name, alpha[name]) in tested]
     size, tokens = parse_model(student)
-    complete = {}                                            # seed -> {which model: its row}
-    for seed in seeds:
-        grid = {"alone": (student, seed, None, None, 0.0),
-                "twice": (model_name(size, 2 * tokens), seed, None, None, 0.0),          # the tokens
-                **{name: (name, teacher_seed[seed], None, None, 0.0) for name in names},
-                **{(name, alpha): (student, seed, name, teacher_seed[seed], alpha)
-                   for name in names for alpha in alphas}}
-        if by_key.keys() >= set(grid.values()):
-            complete[seed] = {which: by_key[key] for which, key in grid.items()}
-    if not complete:
+    models = {}                                              # complete test seed -> {which model: its row}
+    for seed in tests:
+        keys = {"alone": (student, seed, None, None, 0.0),
+                "twice": (model_name(size, 2 * tokens), seed, None, None, 0.0)}      # the text
+        for name in names:
+            keys[name] = (name, teacher_seed[seed], None, None, 0.0)
+            keys["from " + name] = (student, seed, name, teacher_seed[seed], alpha[name])
+        if by_key.keys() >= {*keys.values()}:
+            models[seed] = {which: by_key[key] for which, key in keys.items()}
+    if not names or not models:
         return None
 
-    def losses(which, name):
-        return np.array([metric(models[which]["metrics"], name) for models in complete.values()])
+    def gain(which, beginning):
+        more = np.array([metric(m[which]["metrics"], beginning) - metric(m["alone"]["metrics"], beginning)
+                         for m in models.values()])
+        return 100 * more if beginning.startswith(ACCURACY) else -more       # points; nats
 
-    def gain(which, name):
-        return losses("alone", name) - losses(which, name)
-    # what text gives outside for each nat in domain
-    rate = {kind: gain("twice", kind + OUT).mean() / gain("twice", kind + IN).mean() for kind in KINDS}
-    first, teachers = next(iter(complete.values())), []
+    def worth(which, beginning):                             # in per cent more text; nan if that is no help
+        center, margin = interval(gain("twice", beginning))
+        if center <= np.nan_to_num(margin):
+            return np.full(len(models), math.nan)
+        return 100 * (2 ** (gain(which, beginning) / center) - 1)
 
-    def by_alpha(teacher, name):                             # -> (alphas, seeds)
-        return np.array([gain((teacher, alpha), name) for alpha in alphas])
+    first, teachers = next(iter(models.values())), []
     for name in names:
-        best = {kind: (best_alpha(by_alpha(name, kind + OUT)), range(len(complete))) for kind in KINDS}
+        which, training = "from " + name, first[name]["flops"]
+        passes, own = first[which]["teacher_flops"], first["alone"]["flops"]
         t = SimpleNamespace(
-            name=name, size=parse_model(name)[0], tokens=parse_model(name)[1],
+            name=name, size=parse_model(name)[0], tokens=parse_model(name)[1], flops=training,
+            alpha=alpha[name], curve=[curves[name][a] for a in alphas],      # the chooser's
             worse=-gain(name, IN).mean(),                    # than the student alone, in domain
-            at=dict(zip(alphas, by_alpha(name, OUT))),       # gain outside at each alpha; at the best one:
-            inside={kind: by_alpha(name, kind + IN)[best[kind]] for kind in KINDS},
-            outside={kind: by_alpha(name, kind + OUT)[best[kind]] for kind in KINDS},
-            accuracy=-100 * by_alpha(name, "accuracy/")[best[PLAIN]],        # points gained in the task
-            alpha=", ".join(f"{alphas[a]:g}" for a in sorted({*best[PLAIN][0]})))
-        # more outside than text that gains as much in domain
-        t.beyond = {kind: t.outside[kind] - rate[kind] * t.inside[kind] for kind in KINDS}
-        # if its FLOPs bought text: r times the text, at most twice, gains log2(r) of what twice gains
-        forward, training = first[name, alphas[0]]["teacher_flops"], first[name]["flops"]
-        t.as_text = [gain("twice", OUT) * math.log2(min(1 + flops / first["alone"]["flops"], 2))
-                     for flops in (forward, forward + training)]
+            inside=gain(which, IN), outside=gain(which, OUT), accuracy=gain(which, ACCURACY + OUT),
+            worth_inside=worth(which, IN), worth_outside=worth(which, OUT),
+            worth_more=worth(which, OUT) - worth(which, IN), worth_accuracy=worth(which, ACCURACY + OUT),
+            costs=100 * passes / own, costs_trained=100 * (passes + training) / own)         # per cent
+        t.group = ("tables" if "counts" in SIZES[t.size] else "same level" if name == student
+                   else "weak networks" if t.worse > 0 else "strong networks")
         teachers.append(t)
-    teachers.sort(key=lambda t: -t.worse)
-    tables = [t for t in teachers if "counts" in SIZES[t.size]]
-    weak = [t for t in teachers if t not in tables and t.worse > 0]
-    strong = [t for t in teachers if t not in tables and t.worse <= 0]
     return SimpleNamespace(
-        student=student, seeds=list(complete), left_out=[seed for seed in seeds if seed not in complete],
-        alphas=alphas, rate=rate, teachers=teachers,
-        weak=weak, strong=strong, tables=tables, alone=[losses("alone", where).mean() for where in (IN, OUT)],
-        groups=[(name, group) for name, group in (
-            ("weak networks", weak), ("strong networks", strong), ("tables", tables)) if group],
-        own_teachers=len({teacher_seed[seed] for seed in complete}) == len(complete) > 1)
+        student=student, size=size, tokens=tokens, setup=first["alone"]["setup"], seeds=[*models],
+        chooser=chooser, alphas=alphas, teachers=sorted(teachers, key=lambda t: -t.worse),
+        alone=[np.mean([metric(m["alone"]["metrics"], where) for m in models.values()])
+               for where in (IN, OUT)],
+        twice=[gain("twice", where) for where in (IN, OUT, ACCURACY + OUT)],
+        left_out=[f"seed {seed}" for seed in tests if seed not in models] + sorted({*curves} - {*names}))
 
 
-# ---- the four rules: study -> what is above 0 if the claim holds, and the evidence; or None ---
+# ---- the rules: study -> what is above 0 if the claim holds, and the evidence; or None ---
+
+GROUPS = "tables", "weak networks", "same level", "strong networks"
+
+
+def mean(s, group, quantity):
+    """The mean of a quantity over the teachers of a group, one value a seed; None without any."""
+    values = [getattr(t, quantity) for t in s.teachers if t.group == group]
+    return np.mean(values, axis=0) if values else None
+
+
+def best_table(s):
+    """The table with the largest gain outside, or None. It smooths and sees one token: it is the control."""
+    tables = [t for t in s.teachers if t.group == "tables"]
+    return max(tables, key=lambda t: t.outside.mean(), default=None)
+
 
 def weak_teacher_helps(s):
-    """Networks worse in domain than the student alone: their mean gain outside is above 0."""
-    if not s.weak:
+    """Weak networks: their mean gain outside is above 0."""
+    gain = mean(s, "weak networks", "outside")
+    if gain is None:
         return None
-    gain = np.mean([t.outside[PLAIN] for t in s.weak], 0)
-    pure = np.mean([t.at[s.alphas[-1]] for t in s.weak], 0)
-    return gain, (f"Weak networks bring {show(gain)} outside at their best alpha, {show(pure)} at alpha "
-                  f"{s.alphas[-1]:g}.")
+    weak = [t for t in s.teachers if t.group == "weak networks"]
+    each = ", ".join(f"{t.name} {show(t.outside)}" for t in weak)
+    last = np.mean([t.curve[-1] for t in weak])
+    same = "".join(f" The same level: {show(t.outside)}." for t in s.teachers if t.group == "same level")
+    return gain, (f"Weak networks bring {show(gain)} outside ({each}); on seed {s.chooser} at alpha "
+                  f"{s.alphas[-1]:g} {last:+.3f}.{same}")
 
 
-def stronger_teacher_saturates(s):
-    """Along size at the largest budget, the gain outside grows less on the last step than on the first."""
-    networks = s.weak + s.strong
-    path = sorted((t for t in networks if t.tokens == max(t.tokens for t in networks)),
-                  key=lambda t: list(SIZES).index(t.size))
-    if len(path) < 3:
+def saturates(s, same):
+    """
+    Networks of the same budget (or size), that with most networks, of equals the largest: on the last step a
+    doubling of training FLOPs brings less outside than half of what it brings on the first step, or than 0.
+    """
+    networks = [t for t in s.teachers if t.group != "tables"]
+    count = Counter(map(same, networks))
+    most = max(count, key=lambda value: (count[value], value), default=None)
+    line = [t for t in networks if same(t) == most]
+    if len(line) < 3:
         return None
-    steps = [b.outside[PLAIN] - a.outside[PLAIN] for a, b in zip(path, path[1:])]
-    less = steps[0] - steps[-1]
-    return less, (f"From {' to '.join(t.name for t in path)} the gain outside changes by "
-                  f"{', '.join(map(show, steps))}; first step minus last: {show(less)}.")
+    line.sort(key=lambda t: t.flops)
+    steps = [(b.outside - a.outside) / math.log2(b.flops / a.flops) for a, b in zip(line, line[1:])]
+    less = (steps[0] / 2 if steps[0].mean() > 0 else 0) - steps[-1]
+    names = " to ".join(t.name for t in line)
+    return less, (f"From {names} a doubling of the teacher's training FLOPs brings "
+                  f"{', '.join(map(show, steps))} outside; half the first minus the last: {show(less)}.")
 
 
 def generalisation_first(s):
-    """Students of weak networks gain more outside than from text that gains as much in domain."""
-    if not s.weak:
+    """Weak networks are worth more text outside than in domain, by more than the best table is."""
+    more, table, worths = mean(s, "weak networks", "worth_more"), best_table(s), []
+    if more is None:
         return None
-    beyond = [[np.mean([t.beyond[kind] for t in group], 0) for kind in KINDS] for _, group in s.groups]
-    seen = (f"{name} {show(plain)} (calibrated {show(calibrated)})"
-            for (name, _), (plain, calibrated) in zip(s.groups, beyond))
-    return beyond[0][0], (f"More text brings {s.rate[PLAIN]:.2f} nats outside for each nat in domain. Beyond "
-                          f"that: {', '.join(seen)}.")
+    for group in GROUPS:
+        if mean(s, group, "outside") is not None:
+            inside, outside = mean(s, group, "worth_inside"), mean(s, group, "worth_outside")
+            worths.append(f"{group} {show(inside, 0)} % in domain and {show(outside, 0)} % outside")
+    by_accuracy = show(mean(s, "weak networks", "worth_accuracy"), 0)
+    seen = (f"Worth in per cent more text: {', '.join(worths)} (weak networks by accuracy {by_accuracy} %). "
+            f"The difference is {show(more, 0)} points for weak networks")
+    if table and table.worth_more.mean() > 0:                # otherwise the table is no rival
+        more = more - table.worth_more
+        seen += f", {show(more, 0)} more than for the best table"
+    return more, seen + "."
 
 
 def more_than_smoothing(s):
-    """Calibrated, weak networks gain more outside than the best table, or than nothing if that harms."""
-    if not s.weak or not s.tables:
+    """Weak networks bring more accuracy outside than the best table, or than nothing if that harms."""
+    gain, table = mean(s, "weak networks", "accuracy"), best_table(s)
+    if gain is None or not table:
         return None
-    gain = np.mean([t.outside[CALIBRATED] for t in s.weak], 0)
-    table = max((t.outside[CALIBRATED] for t in s.tables), key=np.mean)      # chosen in favour of the tables
-    more, rival = (gain - table, "the table") if table.mean() > 0 else (gain, "no teacher")
-    return more, (f"Calibrated, weak networks bring {show(gain)} outside, the best table {show(table)}: "
-                  f"{show(more)} more than {rival}.")
+    seen = (f"Weak networks bring {show(gain, 2)} points of accuracy outside, the best table "
+            f"{show(table.accuracy, 2)}")
+    if table.accuracy.mean() > 0:
+        gain = gain - table.accuracy
+        seen += f": {show(gain, 2)} more"
+    return gain, seen + "."
 
 
 CLAIMS = {"A weak teacher helps": weak_teacher_helps,
-          "A stronger teacher saturates or reverses the gain": stronger_teacher_saturates,
+          "More parameters saturate": lambda s: saturates(s, lambda t: t.tokens),
+          "More training tokens saturate": lambda s: saturates(s, lambda t: list(SIZES).index(t.size)),
           "Generalisation comes first": generalisation_first,
           "A weak teacher gives more than smoothing": more_than_smoothing}
 
 
 def findings(s):
     """study -> [(claim, verdict, evidence)]."""
-    found = {claim: rule(s) for claim, rule in CLAIMS.items()}
-    return [(claim, judge(seen[0]), seen[1]) if seen else (claim, "not tested", "These teachers cannot.")
-            for claim, seen in found.items()]
+    found = []
+    for claim, rule in CLAIMS.items():
+        values, seen = rule(s) or (None, "Needs other teachers.")
+        if values is not None and np.isnan(values).any():
+            values, seen = None, "Twice the text does not help here, so nothing is worth text."
+        found.append((claim, "not tested" if values is None else judge(values), seen))
+    return found
 
 
 # ---- the report --------------------------------------------------------------
 
 def write_report(rows, out):
-    """Write report.md and a figure for each student into out -> the report."""
+    """Write report.md and a picture for each student into out -> the report."""
     if not rows:
         raise UserError(f"{out} has no results.jsonl, or it is empty")
     text = f"{len(rows)} models, {sum(row['seconds'] for row in rows) / 60:.0f} worker-minutes.\n"
     for student in sorted({row["model"] for row in rows if row["teacher"]}):
         s = study(rows, student)
         if not s:
-            text += f"\n## Student {student}\n\nNo seed is complete: it needs all teachers at all alphas.\n"
+            text += f"\n## Student {student}\n\nNo seed has all models yet.\n"
             continue
         text += report(s)
         try:
-            draw(s, f"{out}/findings_{student}.png")
-            text += f"\n![the findings](findings_{student}.png)\n"
-        except Exception as e:                               # no matplotlib, or one that is set up wrong
-            text += f"\nNo figure ({type(e).__name__}: {e}). It needs pip install matplotlib.\n"
+            draw(s, f"{out}/gains_{student}.png")
+            text += f"\n![gains by teacher](gains_{student}.png)\n"
+        except ModuleNotFoundError as e:
+            text += f"\nNo picture ({e}): pip install matplotlib.\n"
     Path(out, "report.md").write_text(text, encoding="utf-8")
     return text
 
 
 def report(s):
     """study -> Markdown."""
-    text, (inside, outside) = f"\n## Student {s.student}, seeds {', '.join(map(str, s.seeds))}\n\n", s.alone
+    seeds = ", ".join(map(str, s.seeds))
+    chose = f"seed {s.chooser} chose alpha, " if len(s.alphas) > 1 else ""
+    flatters = " itself, which flatters" if chose and s.chooser in s.seeds else ""
+    text = f"\n## Student {s.student}: {chose}tested on {seeds}{flatters}\n\n"
     for i, (claim, verdict, seen) in enumerate(findings(s), 1):
         text += f"{i}. **{claim}: {verdict}.** {seen}\n"
     if s.left_out:
-        text += f"\nLeft out, without all teachers at all alphas: seed {', '.join(map(str, s.left_out))}.\n"
+        text += f"\nLeft out, because some of their models are missing: {', '.join(s.left_out)}.\n"
+    inside, outside, accuracy = s.twice
     text += f"""
-Alone the student reaches {inside:.3f} nats per token in domain, {outside:.3f} outside. Gains are over the
-student alone of the same seed, at the alpha that gains most outside (calibrated: most once calibrated) on
-{"the other seeds" if s.seeds[1:] else "that seed, which flatters it"}. ± is a 95 % t-interval over seeds,
-{"each with its own" if s.own_teachers else "given these"} teachers; what text brings is taken as known.
-As text: what the student alone would gain outside if that compute bought more text, at most twice as much.
+Alone the student reaches {s.alone[0]:.3f} nats per token in domain, {s.alone[1]:.3f} outside. Twice the text
+gains {show(inside)} and {show(outside)}, and {show(accuracy, 2)} points of accuracy outside. The student
+reads its text {s.tokens / s.setup["text"]:.2g} times: {s.tokens:,} of {s.setup["text"]:,} tokens.
 
-| teacher | worse in domain | best alpha | gain in domain | gain outside | calibrated \
-| forward passes as text | training included |
-|---|---|---|---|---|---|---|---|
+A gain is over the student alone of the same seed: how much lower the loss is in nats per token, how many
+points higher the accuracy. Its worth is the extra text, in per cent, that would gain as much (above 100:
+extrapolated). A teacher costs its forward passes, and with them its training, in per cent of the student's
+own FLOPs. ± is a 95 % t-interval over seeds.
+
 """
-    for t in s.teachers:
-        gains = t.inside[PLAIN], t.outside[PLAIN], t.outside[CALIBRATED], *t.as_text
-        text += f"| {t.name} | {t.worse:+.3f} | {t.alpha} | {' | '.join(map(show, gains))} |\n"
-    if not np.isnan(s.teachers[0].accuracy).any():           # a corpus with a task
-        points = (f"{name} {show(np.mean([t.accuracy for t in group], 0), 1)}" for name, group in s.groups)
-        text += f"\nPoints of accuracy in the task: {', '.join(points)}.\n"
-    return text
+    table = [("teacher", "group", "worse in domain", "alpha", "gain in domain", "gain outside",
+              "accuracy outside", "worth in domain, %", "worth outside, %", "costs, %", "with training, %"),
+             ["---"] * 11]
+    table += [(t.name, t.group, f"{t.worse:+.3f}", f"{t.alpha:g}", show(t.inside), show(t.outside),
+               show(t.accuracy, 2), show(t.worth_inside, 0), show(t.worth_outside, 0), f"{t.costs:.0f}",
+               f"{t.costs_trained:.0f}") for t in s.teachers]
+    return text + "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def in_words(t, s):
+    """A teacher beside the student: xs@2M -> 'a third of the size,\n2M tokens'."""
+    tokens = t.name.partition("@")[2] + " tokens"
+    if t.group == "tables":
+        return f"a {t.size} table,\n{tokens}"
+    mine, own = (n_weights(GPTConfig(s.setup["vocab_size"], **SIZES[size])) for size in (t.size, s.size))
+    words, part = {1: "the same", 2: "half the", 3: "a third of the", 4: "a quarter of the"}, own / mine
+    close = round(part) in words and abs(part - round(part)) < 0.2
+    return f"{words[round(part)] if close else f'{mine / own:.2g} times the'} size,\n{tokens}"
 
 
 def draw(s, file):
-    """Three panels: gains by teacher and alpha; in domain against outside; as they are and calibrated."""
+    """Gains outside by teacher: at each alpha on the seed that chose, at the best on those that tested."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    first, second, third = axes = figure.subplots(1, 3, width_ratios=(1.3, 1.1, 0.8))
-
-    def points(axis, at, gains, **style):                    # a point for each gain, with its interval
-        axis.errorbar(at, *np.transpose([interval(gain) for gain in gains]), capsize=2, ms=5, **style)
-
-    # by teacher, a line for each alpha; what lies far below is off the scale
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    axis, at = figure.subplots(), range(len(s.teachers))
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(s.alphas)))
-    for alpha, color, marker in zip(s.alphas, colors, "osD^v<>" * 9):
-        points(first, range(len(s.teachers)), [t.at[alpha] for t in s.teachers], label=f"alpha {alpha:g}",
-               marker=marker, color=color)
-    top = max(0.01, *(gain.mean() for t in s.teachers for gain in t.at.values()))
-    first.set_ylim(-2.2 * top, 1.5 * top)
+    centers, margins = np.nan_to_num([interval(t.outside) for t in s.teachers]).T
+    axis.errorbar(at, centers, margins, fmt="none", capsize=4, color="black", zorder=3)
+    axis.scatter(at, centers, 80, [colors[s.alphas.index(t.alpha)] for t in s.teachers], edgecolor="black",
+                 zorder=4, label=f"at the best alpha,\nmean of {len(s.seeds)} seeds")
+    for i, (alpha, color) in enumerate(zip(s.alphas, colors)):
+        axis.plot(at, [t.curve[i] for t in s.teachers], "o-", ms=3, lw=0.8, color=color,
+                  label=f"alpha {alpha:g}, seed {s.chooser}")
+    text = s.twice[1].mean()
+    top = 1.5 * max(0.01, text, *centers)
+    axis.axhline(text, color="0.5", ls="--", label="no teacher, twice the text")
+    axis.axhline(0, color="black", lw=0.8)
+    axis.set_ylim(-top, top)                                 # what lies far below is off the scale
+    axis.set_xlim(-0.5, len(at) - 0.5)
     boundary = sum(t.worse > 0 for t in s.teachers) - 0.5
-    first.axvline(boundary, color="0.7", lw=0.8)
-    first.text(boundary, 1.35 * top, "worse ", ha="right", fontsize=8)
-    first.text(boundary, 1.35 * top, " better", fontsize=8)
-    first.set_xlabel("teacher, worse or better than the student in domain")
-
-    # each teacher at its best alpha, and the line of what text gives
-    styles = {"weak networks": ("o", "tab:blue"), "strong networks": ("s", "tab:red"), "tables": ("^", "0.5")}
-    for name, group in s.groups:
-        points(second, [t.inside[PLAIN].mean() for t in group], [t.outside[PLAIN] for t in group], ls="none",
-               xerr=[interval(t.inside[PLAIN])[1] for t in group], label=name, marker=styles[name][0],
-               color=styles[name][1])
-    second.margins(0.12)
-    for i, t in enumerate(sorted(s.teachers, key=lambda t: t.inside[PLAIN].mean())):     # below, then above
-        center, margin = np.nan_to_num(interval(t.outside[PLAIN]))
-        y, ha, va = (center + margin, "right", "bottom") if i % 2 else (center - margin, "left", "top")
-        second.text(t.inside[PLAIN].mean(), y, f" {t.name} ", ha=ha, va=va, fontsize=8, zorder=9)
-    second.axline((0, 0), slope=s.rate[PLAIN], color="0.7", label="what more text gives")
-    second.set_xlabel("gain in domain, nats per token")
-    second.locator_params(nbins=5)
-
-    controls = s.tables + s.weak
-    third.margins(x=0.2)
-    for kind, shift, color, marker in ((PLAIN, 0, "black", "o"), (CALIBRATED, 0.15, "tab:orange", "s")):
-        if controls:
-            points(third, np.arange(len(controls)) + shift, [t.outside[kind] for t in controls], ls="none",
-                   label=kind.strip("/") or "as it is", color=color, marker=marker)
-
-    titles = [f"{claim}: {verdict}" for claim, verdict, _ in findings(s)]
-    titles = ["\n".join(titles[:2]), *("\n".join(textwrap.wrap(title, 33)) for title in titles[2:])]
-    for axis, title in zip(axes, titles):
-        axis.set_title(title, fontsize=8.5)
-        axis.set_ylabel("gain outside, nats per token")
-        axis.axhline(0, color="0.7", lw=0.8)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc="lower right")
-    for axis, teachers in ((first, s.teachers), (third, controls)):
-        axis.set_xticks(range(len(teachers)), [t.name for t in teachers], rotation=30, ha="right")
+    axis.axvspan(-0.5, boundary, color="0.94", zorder=0)
+    for left, right, word in (-0.5, boundary, "worse"), (boundary, len(at) - 0.5, "better"):
+        if right > left:
+            axis.text((left + right) / 2, 0.8 * top, f"teachers {word} than\nthe student alone", ha="center")
+    axis.set_xticks(at, [in_words(t, s) for t in s.teachers])
+    axis.set_xlabel("teacher: its size beside the student's, and the text it was trained on")
+    axis.set_ylabel("how much lower the student's loss is\nthan without a teacher (nats per token)")
+    tokens = s.student.partition("@")[2]
+    axis.set_title(f"What each teacher brings a student of {tokens} tokens, on other kinds of text")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False)
     figure.savefig(file, dpi=100)
 
 
@@ -441,19 +472,21 @@ def main():
     parser = make_parser(__doc__)
     parser.add_argument("checkpoints", nargs="+", metavar="CKPT", help="distill.py checkpoints")
     parser.add_argument("--sample", metavar="TEXT", help="print each checkpoint's continuation of this text")
-    parser.add_argument("--data", default="data/python", help="corpus folder (default: data/python)")
+    parser.add_argument("--data", default="data/python", metavar="DIR", type=os.path.expanduser,
+                        help="corpus folder (default: data/python)")
     parser.add_argument("--windows", type=int, default=512, help="of each set, at most (default: 512)")
     parser.add_argument("--device", default="auto", help="as in distill.py (default: auto)")
     args = parser.parse_intermixed_args()                    # CKPT --data DIR CKPT too
     if args.windows < 1:
         parser.error("--windows must be at least 1")
-    (device, _), meta, encoding = pick_device(args.device), load_meta(args.data), load_tokenizer(args.data)
+    device, _ = pick_device(args.device)
+    tokenizer, encoding = load_meta(args.data)["tokenizer"], load_tokenizer(args.data)
     models = []
     for i, path in enumerate(args.checkpoints):
-        model, extra = load_checkpoint(path, device, meta["tokenizer"])
+        model, extra = load_checkpoint(path, device, tokenizer)
         models.append(model)
-        of, alpha = extra["settings"], extra["alpha"]
-        taught = f", alpha {alpha:g} from {of['teacher']['name']}" if alpha else ""
+        of = extra["settings"]
+        taught = f", alpha {of['alpha']:g} from {of['teacher']['name']}" if of["teacher"] else ""
         print(f"[{i}] {path}: {of['size']}, {of['tokens']:,} tokens, seed {of['seed']}{taught}")
         if args.sample is not None:
             torch.manual_seed(1)

@@ -1,26 +1,26 @@
 """
-A Llama-style GPT, its checkpoints, and their export to transformers. Teacher and student are one class; Table
-is the weakest of teachers, a unigram or bigram model, which only counts.
+A Llama-style GPT and its checkpoints. Teacher and student are one class. Table is the weakest of teachers: a
+unigram or bigram model, which only counts.
 
-    python model.py --to_hf out/alone/ckpt.pt out/alone_hf  # for transformers and tools that read its format
+    from model import *
+    gpt, extra = load_checkpoint("out/alone/ckpt.pt")
+    gpt.generate(torch.tensor([[511]]), 20)          # 511: end-of-text at a vocabulary of 512
 
 The architecture of "Strong Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), which
 adopts Llama 3's (2407.21783): RMSNorm before each half of a layer (1910.07467), rotary positions
 (2104.09864), grouped-query attention (2305.13245), SwiGLU (2002.05202), no biases. Unlike there, the head is
 tied to the embedding, as our models are small.
 """
-import json
 import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from data import END_OF_TEXT, UserError, load_meta, load_tokenizer, make_parser, run_main
+from data import UserError
 
 ROPE_THETA, NORM_EPS = 500_000.0, 1e-5                       # as in Llama 3
 
@@ -76,7 +76,6 @@ def rotate(x, cos, sin):
 
 class Attention(nn.Module):
     """Causal self-attention with grouped queries: x (B, T, C), cos and sin (T, D) -> (B, T, C)."""
-    repeat_kv = False                    # pick_device sets it on GPUs without a kernel for grouped queries
 
     def __init__(self, config):
         super().__init__()
@@ -93,9 +92,11 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)    # (B, n_kv_head, T, D)
         v = self.v_proj(x).view(B, T, self.n_kv_head, -1).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if self.repeat_kv:
-            k, v = (t.repeat_interleave(self.n_head // self.n_kv_head, dim=1) for t in (k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
+        share = x.device.type == "cpu"       # not on GPUs: with shared heads not all have a fused kernel
+        if not share:
+            k = k.repeat_interleave(self.n_head // self.n_kv_head, dim=1)    # (B, n_head, T, D)
+            v = v.repeat_interleave(self.n_head // self.n_kv_head, dim=1)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=share)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -201,6 +202,12 @@ class Table(nn.Module):
     generate = GPT.generate
 
 
+def n_weights(config):
+    """Parameters of a GPT without those of its norms; the tied embedding counts once."""
+    C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
+    return config.n_layer * (2 * C * C + 2 * C * kv + 3 * C * config.n_inner) + config.vocab_size * C
+
+
 def flops_per_token(config):
     """
     FLOPs of a forward pass per token at full context: 2 for each weight of a matrix product and 4 T C a layer
@@ -209,9 +216,7 @@ def flops_per_token(config):
     """
     if config.counts:
         return 0
-    C, kv = config.n_embd, config.n_embd // config.n_head * config.n_kv_head
-    weights = config.n_layer * (2 * C * C + 2 * C * kv + 3 * C * config.n_inner) + config.vocab_size * C
-    return 2 * weights + 4 * config.n_layer * config.block_size * C
+    return 2 * n_weights(config) + 4 * config.n_layer * config.block_size * config.n_embd
 
 
 # ---- where it runs -----------------------------------------------------------
@@ -230,8 +235,8 @@ def pick_device(name="auto", dtype="auto"):
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not available: use cpu or auto") from None
     if device.type == "cuda":
-        torch.cuda.set_device(device)                        # flash attention came with compute capability 8
-        Attention.repeat_kv = torch.cuda.get_device_capability() < (8, 0)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")           # TF32 where autocast leaves float32
         if dtype == "auto":
             dtype = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     return device, torch.float32 if dtype == "auto" else getattr(torch, dtype)
@@ -245,9 +250,16 @@ def autocast(device, dtype):
 # ---- checkpoints -------------------------------------------------------------
 
 def save_file(path, obj):
-    """torch.save to a temporary file, then rename: path is never half-written."""
-    torch.save(obj, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """torch.save to a temporary file, then rename: path is never half-written. Raises UserError."""
+    aside = f"{path}.{os.getpid()}.tmp"                      # unique, in case the same run is started twice
+    try:
+        torch.save(obj, aside)
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as e:                     # torch raises RuntimeError when the disk is full
+        reason = str(e).partition("\n")[0]
+        raise UserError(f"cannot write {path}: is the disk full? ({reason})") from None
+    finally:
+        Path(aside).unlink(missing_ok=True)
 
 
 def save_checkpoint(path, model, **extra):
@@ -268,57 +280,8 @@ def load_checkpoint(path, device="cpu", tokenizer=None):
         model = Table(config) if config.counts else GPT(config)
         model.load_state_dict(saved.pop("model"))
     except Exception as e:                                   # torch raises many kinds for another file
-        raise UserError(f"{path} is not a distill.py checkpoint ({type(e).__name__})") from None
+        raise UserError(f"{path} is not a distill.py checkpoint, or is damaged ({type(e).__name__}): if so, "
+                        "delete it and train again") from None
     if tokenizer and saved.get("settings", {}).get("tokenizer") != tokenizer:
         raise UserError(f"{path} was trained with a different tokenizer than this corpus: check --data")
     return model.to(device).eval(), saved
-
-
-def to_hf(path, folder, data_dir):
-    """
-    Write the checkpoint at path, with the tokenizer of the corpus in data_dir, as a folder that transformers'
-    AutoModelForCausalLM and AutoTokenizer load (4.46 to 5.x).
-    """
-    meta, encoding = load_meta(data_dir), load_tokenizer(data_dir)
-    model, _ = load_checkpoint(path, tokenizer=meta["tokenizer"])
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-        from transformers.convert_slow_tokenizer import TikTokenConverter
-    except ImportError:
-        raise UserError("--to_hf needs transformers: pip install transformers") from None
-    c = model.config
-    llama = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner,
-        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head, num_key_value_heads=c.n_kv_head,
-        max_position_embeddings=c.block_size, rms_norm_eps=NORM_EPS, rope_theta=ROPE_THETA,
-        tie_word_embeddings=True, bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token))
-    llama.load_state_dict({name if name.startswith("lm_head") else f"model.{name}": weight
-                           for name, weight in model.state_dict().items()})
-    converter = TikTokenConverter(pattern=meta["pattern"])
-    converter.extra_special_tokens = converter.additional_special_tokens = [END_OF_TEXT]     # in 5.x, in 4.x
-    with mock.patch("tiktoken.load.load_tiktoken_bpe", lambda path: encoding._mergeable_ranks):
-        tokenizer = PreTrainedTokenizerFast(tokenizer_object=converter.converted(), bos_token=END_OF_TEXT,
-                                            eos_token=END_OF_TEXT, model_max_length=c.block_size)
-    llama.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    # 5.x writes both in a form that 4.x cannot read, and would replace by its defaults
-    for file, known in (("config.json", {"rope_theta": ROPE_THETA}),
-                        ("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})):
-        path = Path(folder, file)
-        path.write_text(json.dumps({**json.loads(path.read_text()), **known}, indent=2))
-
-
-def main():
-    """Export a checkpoint as a Hugging Face Llama."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--to_hf", nargs=2, metavar=("CKPT", "DIR"), required=True,
-                        help="checkpoint to export and folder to write (needs transformers)")
-    parser.add_argument("--data", default="data/python", metavar="DIR",
-                        help="corpus folder with the checkpoint's tokenizer (default: data/python)")
-    args = parser.parse_args()
-    to_hf(*args.to_hf, args.data)
-    print(f"{args.to_hf[1]}: for transformers' AutoModelForCausalLM and AutoTokenizer")
-
-
-if __name__ == "__main__":
-    run_main(main)

@@ -14,21 +14,10 @@ import torch
 
 sys.path.insert(0, ".")
 from data import UserError, run_main
-from eval import evaluation_sets, read_windows
+from eval import evaluation_sets, read_windows, token_losses
 from model import load_checkpoint
 
 DATA = "data/python"
-
-
-@torch.no_grad()
-def losses_and_hits(model, rows):
-    """Rows of ids (N, T + 1) -> two of (N, T): each token's loss in nats, whether it was the likeliest."""
-    losses, hits = [], []
-    for part in rows.split(16):
-        log_p, y = model(part[:, :-1]).float().log_softmax(-1), part[:, 1:]      # (B, T, V) and (B, T)
-        losses.append(-log_p.gather(-1, y[..., None])[..., 0])
-        hits.append(log_p.argmax(-1) == y)
-    return torch.cat(losses), torch.cat(hits)
 
 
 def token_gains(models, data_dir, windows=512):
@@ -36,7 +25,7 @@ def token_gains(models, data_dir, windows=512):
     gains, found = {"in_domain": [], "outside": []}, {}
     for name, path in evaluation_sets(data_dir).items():
         rows = read_windows(path, models[0].config.block_size, windows)
-        losses, hits = zip(*(losses_and_hits(model, rows) for model in models))
+        losses, hits = zip(*(token_losses(model, rows) for model in models))
         where = "in_domain" if name == "in_domain" else "outside"
         gains[where].append((losses[0] - losses[1], hits[2], hits[3]))
     for where, sets in gains.items():
