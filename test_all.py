@@ -99,7 +99,8 @@ def trained(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     teacher = distill.train(config(corpus, folder / "teacher", size="s", seed=9, tokens=16384))
     for alpha in (0, 0.25, 1):
-        distill.train(config(corpus, folder / f"alpha_{alpha}", teacher=teacher if alpha else "", alpha=alpha))
+        taught = dict(teacher=teacher, alpha=alpha) if alpha else {}
+        distill.train(config(corpus, folder / f"alpha_{alpha}", **taught))
     return folder
 
 
@@ -259,7 +260,7 @@ def test_prepare_keeps_every_document_and_its_counts(ends, corpus, tmp_path):
 @pytest.mark.parametrize("vocab_size", [512, "gpt2"])
 def test_windows_of_a_long_document_have_no_end_of_text(vocab_size, tmp_path, monkeypatch):
     like_gpt2 = data.make_encoding(data.train_bpe(poem(3), 300), data.PATTERN)
-    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: like_gpt2)        # five characters a token
+    monkeypatch.setattr(data.tiktoken, "get_encoding", lambda name: like_gpt2)     # five characters a token
     words = np.random.default_rng(0).choice(["rose", "moon", "sea", "and", "of", "star\n\n"], 1_100_000)
     (tmp_path / "long.txt").write_text(" ".join(words))
     assert 5e6 < (tmp_path / "long.txt").stat().st_size
@@ -287,7 +288,7 @@ def test_texts_that_are_equal_but_for_white_space_come_once(tmp_path):
     sets = data.split_documents(documents + copies, {"far": [copies[0], ("f", "far away")]})
     texts = ["".join(text.split()) for name in ("train", "val") for _, text in sets[name]]
     assert len(texts) == len(set(texts)) == 200 and sets["ood_far"] == [("f", "far away")]
-    text = poem(300)                                          # a long text and its copy, cut at the same places
+    text = poem(300)                                          # its copy is cut at the same places
     (tmp_path / "text.txt").write_text(text)
     once = data.pieces(tmp_path / "text.txt")
     (tmp_path / "text.txt").write_text(text + "\n\n" + text.replace("\n", "  \n"))
@@ -325,7 +326,8 @@ def test_python_documents_are_of_what_is_installed(tmp_path, monkeypatch):
 
 def test_two_that_make_one_folder_at_once_end_well(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text(poem(200))
-    arguments, metas, plain = ("text", str(tmp_path / "out"), 270, [str(tmp_path / "a.txt")]), [], data.write_set
+    metas, plain = [], data.write_set
+    arguments = "text", str(tmp_path / "out"), 270, [str(tmp_path / "a.txt")]
     def write_set(path, *rest):                               # in the midst of one the other runs
         monkeypatch.setattr(data, "write_set", plain)
         metas.append(data.prepare(*arguments))
@@ -345,8 +347,7 @@ def test_two_that_make_one_folder_at_once_end_well(tmp_path, monkeypatch):
     (lambda meta: meta[:-9], "meta.json is cut off: delete"),
     (lambda meta: meta.replace('"format": 6', '"format": 5'), "made by another version: delete it"),
     (lambda meta: json.dumps({**json.loads(meta), "arguments": {"corpus": "python"}}), "by another version")])
-def test_a_folder_that_is_damaged_or_of_another_version_is_refused(damage, word, corpus, tmp_path, monkeypatch,
-                                                                   capsys):
+def test_a_folder_that_is_damaged_or_old_is_refused(damage, word, corpus, tmp_path, monkeypatch, capsys):
     shutil.copytree(corpus, tmp_path / "old")
     meta = (tmp_path / "old" / "meta.json").read_text()
     (tmp_path / "old" / "meta.json").write_text(damage(meta))
@@ -428,8 +429,8 @@ def test_accuracy_is_of_sums_of_log_probabilities(corpus):
 def test_brackets_prints_a_line_a_checkpoint(corpus, trained, made, monkeypatch, capsys):
     paths = [trained / name / "ckpt.pt" for name in ("alpha_0", "alpha_1", "alpha_0")]
     code, out, err = call(brackets.main, [*paths, "--data", corpus, "--items", 80], monkeypatch, capsys)
-    of = [regex.search(r": (\S+) % of 80 items(?:, (\S+) points)?$", line).groups() for line in out.splitlines()]
-    assert code == 0 and of[0] == (of[2][0], None) and of[2][1] == "+0.0", err
+    of = regex.findall(r": (\S+) % of 80 items(?:, (\S+) points)?$", out, regex.M)
+    assert code == 0 and of[0] == (of[2][0], "") and of[2][1] == "+0.0", err
     assert abs(float(of[1][1]) - float(of[1][0]) + float(of[0][0])) < 0.11
     argv = [made / "foreign" / "ckpt.pt", "--data", made / "other"]
     code, _, err = call(brackets.main, argv, monkeypatch, capsys)
@@ -627,7 +628,7 @@ def test_learning_rate_and_decay():
 
 @pytest.mark.parametrize("more", [{}, dict(top_k=3), dict(temperature=2.0, fused=False)], ids=str)
 def test_the_log_begins_with_the_loss_by_hand(more, corpus, trained, tmp_path):
-    """From the initial weights and the first batch: ce, kl, and the norm of the gradient, which is clipped."""
+    """From the initial weights and the first batch: ce, kl, and the norm of the gradient, then clipped."""
     taught = config(corpus, tmp_path, teacher=str(trained / "teacher" / "ckpt.pt"), alpha=0.3, tokens=256,
                     log_every=1, grad_clip=0.01, **more)
     grads = []
@@ -653,8 +654,8 @@ def test_the_log_begins_with_the_loss_by_hand(more, corpus, trained, tmp_path):
     assert abs(first["grad_norm"] / norm - 1) < 1e-3 and norm > 0.1
     clipped = torch.stack([g.norm() for g in grads[0]]).norm()
     assert abs(clipped - 0.01) < 1e-4
-    biggest = max(m.parameters(), key=lambda p: p.numel()).grad
-    assert any(torch.allclose(g / clipped, biggest / norm, atol=1e-3) for g in grads[0] if g.shape == biggest.shape)
+    whole, = [g for g in grads[0] if g.shape == m.lm_head.weight.shape]
+    assert torch.allclose(whole / clipped, m.lm_head.weight.grad / norm, atol=1e-3)
 
 
 def test_a_run_repeats_and_follows_alpha(corpus, trained, tmp_path):
@@ -666,7 +667,7 @@ def test_a_run_repeats_and_follows_alpha(corpus, trained, tmp_path):
     assert without_times(tmp_path) == without_times(trained / "alpha_0.25")
 
 
-def test_a_finished_run_is_not_repeated_and_another_not_overwritten(corpus, trained, tmp_path, monkeypatch, capsys):
+def test_a_finished_run_is_kept_and_another_refused(corpus, trained, tmp_path, monkeypatch, capsys):
     moved = str(shutil.copy(trained / "teacher" / "ckpt.pt", tmp_path / "moved.pt"))
     taught = config(corpus, trained / "alpha_0.25", teacher=moved, alpha=0.25)
     before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.*")}
@@ -686,7 +687,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def test_other_ways_to_the_same_gradients(corpus, trained, tmp_path, monkeypatch, capsys):
-    """Batches that add up, the plain loss, torch.compile, two ranks: losses and gradients of two steps agree."""
+    """Batches that add up, the plain loss, torch.compile, two ranks: two steps agree."""
     some = functools.partial(config, corpus, teacher=str(trained / "teacher" / "ckpt.pt"), alpha=0.3,
                              temperature=2.0, tokens=256, log_every=1, warmup=0.0)
     def run(name, **more):
@@ -773,9 +774,10 @@ def test_ranks_that_would_resume_from_different_steps_stop(corpus, tmp_path):
     assert stop_at(config(corpus, tmp_path / "0", save_every=0), 13) == -9     # the first rank has a state
     script = tmp_path / "apart.py"                            # two machines without a folder they share
     script.write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nimport distill\n"
-                      f"sys.argv.append('--out={tmp_path}/' + os.environ['RANK'])\ndistill.run_main(distill.main)")
-    done = subprocess.run([*TORCHRUN, str(script), *flags(config(corpus, tmp_path / "0", save_every=0))], cwd=HERE,
-                          capture_output=True, text=True)
+                      f"sys.argv.append('--out={tmp_path}/' + os.environ['RANK'])\n"
+                      "distill.run_main(distill.main)")
+    argv = [*TORCHRUN, str(script), *flags(config(corpus, tmp_path / "0", save_every=0))]
+    done = subprocess.run(argv, cwd=HERE, capture_output=True, text=True)
     assert done.returncode and "different steps: --out must be a folder they all share" in done.stderr
 
 
@@ -814,8 +816,8 @@ def test_a_full_disk_is_one_line_and_the_older_state_survives(corpus, tmp_path, 
 def test_the_same_command_twice_at_once(corpus, trained, tmp_path):
     run = config(corpus, tmp_path, save_every=0)
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    both = [subprocess.Popen([sys.executable, "distill.py", *flags(run)], cwd=HERE, env=env, stdout=-3, stderr=-1)
-            for _ in range(2)]
+    argv = [sys.executable, "distill.py", *flags(run)]
+    both = [subprocess.Popen(argv, cwd=HERE, env=env, stdout=-3, stderr=-1) for _ in range(2)]
     for process in both:
         _, err = process.communicate()
         assert process.returncode == 0, err
@@ -824,7 +826,8 @@ def test_the_same_command_twice_at_once(corpus, trained, tmp_path):
 
 def test_an_exported_teacher_teaches_as_its_checkpoint_does(corpus, trained, exported, tmp_path):
     for name, teacher in (("ours", trained / "teacher" / "ckpt.pt"), ("theirs", exported)):
-        distill.train(config(corpus, tmp_path / name, teacher=str(teacher), alpha=0.5, tokens=256, log_every=1))
+        distill.train(config(corpus, tmp_path / name, teacher=str(teacher), alpha=0.5, tokens=256,
+                             log_every=1))
     for one, other in zip(log_of(tmp_path / "ours"), log_of(tmp_path / "theirs")):
         assert math.isclose(one["kl"], other["kl"], rel_tol=1e-3)
         assert math.isclose(one["grad_norm"], other["grad_norm"], rel_tol=1e-3)
@@ -930,23 +933,28 @@ def made_up(teachers=PAPER, seeds=(0, 1, 2, 3), noise=0.001, twice=(0.3, 0.24, 3
     noise (a number, or one for each teacher) to the gains outside.
     """
     def row(model, seed, inside, outside, accuracy, teacher=None, alpha=0.0):
-        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1, "accuracy/in_domain": 0.6}
+        metrics = {"in_domain": inside, "ood/a": outside - 0.1, "ood/b": outside + 0.1}
+        metrics["accuracy/in_domain"] = 0.6
         metrics |= {f"accuracy/ood/{name}": 0.5 + accuracy / 100 for name in "ab"}
         size, tokens = evaluation.parse_model(model)
-        return dict(model=model, seed=seed, teacher=teacher, teacher_seed=teacher and 0, alpha=alpha, seconds=1.0,
-                    setup={"corpus": "c", "block_size": 128, "vocab_size": 512, "text": 10**7},
+        return dict(model=model, seed=seed, teacher=teacher, teacher_seed=teacher and 0, alpha=alpha,
+                    setup={"corpus": "c", "block_size": 128, "vocab_size": 512, "text": 10**7}, seconds=1.0,
                     flops=float(FLOPS[size] * tokens), teacher_flops=4e6 * bool(teacher), metrics=metrics)
     rows = [row(name, 0, loss, loss + 0.5, 0.0) for name, (loss, _) in teachers.items()]
     for seed in seeds:
         level = 0.05 * seed                                   # seeds differ, and pairing takes that out
+        def lucky(name):
+            return (seed - 2) * (noise.get(name, 0.0) if isinstance(noise, dict) else noise)
+        more = twice[1] + (lucky("twice") if isinstance(noise, dict) else 0)
         rows += [row(STUDENT, seed, 2.5 + level, 3.0 + level, level),
-                 row("s@16M", seed, 2.5 + level - twice[0], 3.0 + level - twice[1], level + twice[2])]
+                 row("s@16M", seed, 2.5 + level - twice[0], 3.0 + level - more, level + twice[2])]
         for name, (_, gains) in teachers.items():
-            luck = (seed - 2) * (noise.get(name, 0.0) if isinstance(noise, dict) else noise)
+            luck = lucky(name)
             top = max(gains, key=lambda alpha: gains[alpha][1])
-            rows += [row(STUDENT, seed, 2.5 + level - inside, 3.0 + level - outside - luck,
-                         level + accuracy + 100 * luck, name, alpha)
-                     for alpha, (inside, outside, accuracy) in gains.items() if seed == seeds[0] or alpha == top]
+            for alpha, (inside, outside, accuracy) in gains.items():
+                if seed == seeds[0] or alpha == top:
+                    rows.append(row(STUDENT, seed, 2.5 + level - inside, 3.0 + level - outside - luck,
+                                    level + accuracy + 100 * luck, name, alpha))
     return rows
 
 
@@ -973,13 +981,14 @@ VERDICTS = [
     (made_up(change(xs_2M=(0, -0.04, -1), xs_8M=(0, -0.05, -1), xs_32M=(0, -0.06, -1))),
      [NO, YES, YES, NO, NO]),                                 # from a step that harms to one that harms
     (made_up(noise={name: 0.1 for name in WEAK}), [MAYBE, MAYBE, YES, MAYBE, MAYBE]),
-    (made_up(change(xs_32M=(0, 0.14, 1))), [YES, MAYBE, NO, YES, YES]),        # two steps of 0; 0.045 after 0.015
+    (made_up(change(xs_32M=(0, 0.14, 1))), [YES, MAYBE, NO, YES, YES]),   # 0, then 0; 0.015, then 0.045
     (made_up(change(m_32M=(0.1, 0.3, 1))), [YES, NO, YES, YES, YES]),
     (made_up(change(s_32M=(0.1, 0.06, 1), m_32M=(0.1, 0.06, 1)), noise={"s@32M": 0.01}),
      [YES, MAYBE, YES, YES, YES]),
     (made_up(change(bigram_32M=(-0.03, 0.07, 3.0))), [YES, YES, YES, NO, NO]),  # a table gives more
     (made_up(noise={"bigram@32M": 0.1}), [YES, YES, YES, MAYBE, MAYBE]),
-    (made_up(change(bigram_32M=(0.05, -0.07, -3.0))), [YES] * 5),              # a table that harms is no rival
+    (made_up(change(bigram_32M=(0.05, -0.07, -3.0))), [YES] * 5),         # a table that harms is no rival
+    (made_up(noise={"twice": 0.3}), [YES, YES, YES, UNTESTED, YES]),           # 0.24 ± 0.75
     (made_up(twice=(-0.1, 0.2, 3.0)), [YES, YES, YES, UNTESTED, YES]),         # a small text, read often
     (made_up(twice=(0.1, -0.2, 3.0)), [YES, YES, YES, UNTESTED, YES]),
 ]
@@ -994,7 +1003,8 @@ def test_a_gain_is_worth_text_and_a_teacher_costs_text(tmp_path):
     s = evaluation.study(made_up(noise=0.0), STUDENT)
     assert [(t.name, t.alpha, t.group) for t in s.teachers] == [
         ("bigram@32M", 0.25, "tables"), ("xs@2M", 0.25, "weak networks"), ("xs@8M", 0.25, "weak networks"),
-        ("xs@32M", 0.25, "weak networks"), ("s@32M", 1.0, "strong networks"), ("m@32M", 1.0, "strong networks")]
+        ("xs@32M", 0.25, "weak networks"), ("s@32M", 1.0, "strong networks"),
+        ("m@32M", 1.0, "strong networks")]
     assert s.chooser == 0 and s.seeds == [1, 2, 3] and not s.left_out
     for t in s.teachers:
         inside, outside, accuracy = PAPER[t.name][1][t.alpha]
@@ -1012,7 +1022,7 @@ def test_a_gain_is_worth_text_and_a_teacher_costs_text(tmp_path):
 
 
 def test_evidence_is_of_the_values_that_are_judged():
-    rows = made_up(noise={"xs@8M": 0.1})                      # Student's t: 4.303 * 0.1 / sqrt(3) / 3 teachers
+    rows = made_up(noise={"xs@8M": 0.1})                      # Student's t: 4.303 * 0.1 / sqrt(3), a third of it
     assert "Weak networks bring +0.043 ± 0.083 outside" in of(rows, 0) and "at alpha 1 -0.167." in of(rows, 0)
     # xs to s to m: 1, 2, 4 FLOPs a token: 0.06 to 0.14 to 0.14, a doubling each
     assert "brings +0.080 ± 0.000, +0.000 ± 0.000 outside; half the first minus the last: +0.040" in of(
@@ -1020,19 +1030,20 @@ def test_evidence_is_of_the_values_that_are_judged():
     # 2M to 8M to 32M: two doublings each
     assert "brings +0.020 ± 0.000, +0.005 ± 0.000 outside; half the first minus the last: +0.005" in of(
         made_up(change(xs_8M=(0, 0.06, 1), xs_32M=(0, 0.07, 1)), noise=0.0), 2)
-    worth = {name: [100 * (2 ** (gain / of_twice) - 1) for gain, of_twice in zip(gains[0.25][:2], (0.3, 0.24))]
+    worth = {name: [100 * (2 ** (gain / twice) - 1) for gain, twice in zip(gains[0.25][:2], (0.3, 0.24))]
              for name, (_, gains) in PAPER.items()}
     weak = np.mean([worth[name] for name in WEAK], axis=0)
     more = weak[1] - weak[0] - (worth["bigram@32M"][1] - worth["bigram@32M"][0])
     evidence = of(made_up(noise=0.0), 3)
     assert f"weak networks {weak[0]:+.0f} ± 0 % in domain and {weak[1]:+.0f} ± 0 % outside" in evidence
     assert f"{more:+.0f} ± 0 more than for the best table" in evidence
-    assert "+0.83 ± 0.00 points of accuracy outside, the best table +0.10 ± 0.00: +0.73" in of(made_up(noise=0.0), 4)
+    assert "bring +0.83 ± 0.00 points of accuracy outside, the best table +0.10 ± 0.00: +0.73" in of(
+        made_up(noise=0.0), 4)
 
 
 def test_one_seed_chooses_alpha_and_the_others_test_it():
     rows = made_up(noise=0.0)
-    for row in rows:                                          # on test seed 1 alpha 0.25 of xs@8M is a disaster
+    for row in rows:                                          # on test seed 1 xs@8M is a disaster
         if (row["teacher"], row["seed"]) == ("xs@8M", 1):
             row["metrics"] |= {"ood/a": 9.0, "ood/b": 9.0}
     xs, = [t for t in evaluation.study(rows, STUDENT).teachers if t.name == "xs@8M"]
@@ -1041,8 +1052,8 @@ def test_one_seed_chooses_alpha_and_the_others_test_it():
     assert evaluation.choose(rows[::-1], STUDENT)[0] == 0     # most students, wherever it stands in the file
     single = [row for row in rows if row["seed"] == 0]        # a single seed chooses and tests
     assert evaluation.study(single, STUDENT).seeds == [0] and of(single) == [FEW] * 5
-    one_alpha = [row for row in rows if row["alpha"] in (0.0, 0.25)]           # nothing to choose: every seed tests
-    assert evaluation.study([r for r in one_alpha if r["teacher"] in (None, *WEAK)], STUDENT).seeds == [0, 1, 2, 3]
+    one_alpha = [row for row in rows if row["alpha"] in (0.0, 0.25) and row["teacher"] in (None, *WEAK)]
+    assert evaluation.study(one_alpha, STUDENT).seeds == [0, 1, 2, 3]        # nothing to choose: every seed tests
 
 
 def test_what_is_incomplete_is_left_out_and_named(tmp_path, monkeypatch):
@@ -1051,10 +1062,12 @@ def test_what_is_incomplete_is_left_out_and_named(tmp_path, monkeypatch):
         if row["seed"] == 3:                                  # any row of it
             s = evaluation.study([other for other in rows if other is not row], STUDENT)
             assert s.seeds == [1, 2, 4] and s.left_out == ["seed 3"]
-    text = evaluation.write_report([row for row in rows if row["seed"] != 3 or row["teacher"] != "s@32M"], str(tmp_path))
+    left = [row for row in rows if row["seed"] != 3 or row["teacher"] != "s@32M"]
+    text = evaluation.write_report(left, str(tmp_path))
     assert "Left out, because some of their models are missing: seed 3.\n" in text and "nan" not in text
     assert "Left out" not in evaluation.write_report(rows, str(tmp_path))
-    more = made_up(PAPER | {"m@8M": (2.3, {0.25: (0, 0.1, 1), 1.0: (0, 0, 0)})}, seeds=(0,))   # later, on one seed
+    later = PAPER | {"m@8M": (2.3, {0.25: (0, 0.1, 1), 1.0: (0, 0, 0)})}
+    more = made_up(later, seeds=(0,))                         # on one seed only
     both = [*made_up(seeds=(0, 1, 2, 4)), *(row for row in more if "m@8M" in (row["teacher"], row["model"]))]
     assert of(both) == expected and evaluation.study(both, STUDENT).left_out == ["m@8M"]
     half = [row for row in rows if (row["teacher"], row["seed"], row["alpha"]) != ("xs@8M", 0, 1.0)]
@@ -1072,8 +1085,9 @@ def test_what_is_incomplete_is_left_out_and_named(tmp_path, monkeypatch):
 
 def test_a_teacher_in_words():
     s = SimpleNamespace(size="s", setup={"vocab_size": 512})
-    for name, group, words in (("xs@2M", "", "a third of the size,\n2M tokens"), ("s@1.5M", "", "the same size,\n1.5M tokens"),
-                               ("l@8M", "", "6.1 times the size,\n8M tokens"), ("bigram@8M", "tables", "a bigram table,\n8M tokens")):
+    for name, words in (("xs@2M", "a third of the size,\n2M tokens"), ("l@8M", "6.1 times the size,\n8M tokens"),
+                        ("s@1.5M", "the same size,\n1.5M tokens"), ("bigram@8M", "a bigram table,\n8M tokens")):
+        group = "tables" if name[0] == "b" else "weak networks"
         t = SimpleNamespace(name=name, size=name.partition("@")[0], group=group)
         assert evaluation.in_words(t, s) == words
 
@@ -1178,10 +1192,10 @@ def test_one_seed_tries_every_alpha_and_what_is_added_later_changes_nothing(
     assert len(seed) == 2 + 2 and all("seed_10" in name for name in seed) and alphas() == before
     teacher = added("--seeds", "7", "--teachers", "s@4K", "--alphas", "0.25,0.5,1")
     assert len(teacher) == 1 + 3 and alphas() == before       # which no test seed has: it is left out
-    assert "Left out, because some of their models are missing: s@4K." in (tmp_path / "report.md").read_text("utf-8")
+    assert "some of their models are missing: s@4K." in (tmp_path / "report.md").read_text("utf-8")
     alpha = added("--seeds", "7,8", "--alphas", "0.25,0.5,0.75,1")             # only what is missing
-    assert sum("seed_7" in name for name in alpha) == 2 == sum("alpha_0.75" in n and "seed_7" in n for n in alpha)
-    (tmp_path / "runs" / "bigram@4K_seed_2000" / "ckpt.pt").unlink()           # a lost teacher is trained again
+    assert all("alpha_0.75" in name for name in alpha) and sum("seed_7" in name for name in alpha) == 2
+    (tmp_path / "runs" / "bigram@4K_seed_2000" / "ckpt.pt").unlink()         # a lost teacher is trained again
     again = added("--seeds", "11", "--alphas", "0.25,0.5,0.75,1")
     assert len(again) == 5 and "bigram@4K_seed_2000" in again
 
@@ -1197,7 +1211,8 @@ def test_two_sweeps_into_one_folder_keep_each_others_rows(corpus, tmp_path, pret
     monkeypatch.setattr(sweep, "train_and_evaluate", other)
     assert call(sweep.main, [*argv, "1,2"], monkeypatch, capsys)[0] == 0
     rows = evaluation.read_rows(tmp_path / "results.jsonl")
-    assert {row["seed"] for row in rows if row["teacher"]} == {1, 2, 3, 4} and len({*results(tmp_path)}) == len(rows)
+    assert {row["seed"] for row in rows if row["teacher"]} == {1, 2, 3, 4}
+    assert len({*results(tmp_path)}) == len(rows)
 
 
 def test_a_failure_is_said_in_its_own_words(corpus, tmp_path, pretend, monkeypatch, capsys):
@@ -1205,9 +1220,10 @@ def test_a_failure_is_said_in_its_own_words(corpus, tmp_path, pretend, monkeypat
     def fails(*_):
         raise data.UserError("no room")
     one = sweep.train_and_evaluate
-    monkeypatch.setattr(sweep, "train_and_evaluate", lambda run, *rest: fails() if run.teacher else one(run, *rest))
+    monkeypatch.setattr(sweep, "train_and_evaluate",
+                        lambda run, *rest: fails() if run.teacher else one(run, *rest))
     code, _, err = call(sweep.main, argv, monkeypatch, capsys)
-    assert code == 2 and regex.search(r"error: xs@8K_seed_1_from_bigram@4K_seed_2000_alpha_0.25: no room", err[-1])
+    assert code == 2 and "error: xs@8K_seed_1_from_bigram@4K_seed_2000_alpha_0.25: no room" in err[-1]
     monkeypatch.setattr(sweep, "train_and_evaluate", one)
     monkeypatch.setattr(sweep, "write_report", fails)
     code, _, err = call(sweep.main, argv, monkeypatch, capsys)
@@ -1382,7 +1398,8 @@ def made(corpus, trained, tmp_path_factory):
     (folder / "cut" / "val.bin").write_bytes((folder / "other" / "val.bin").read_bytes()[:-2])
     (folder / "cut.pt").write_bytes((folder / "run" / "ckpt.pt").read_bytes()[:20_000])
     (folder / "poem.txt").write_text("a poem of a few words only")
-    data.prepare("text", str(folder / "brief"), 258, [str(folder / "other.txt")], {"poem": str(folder / "poem.txt")})
+    brief = {"poem": str(folder / "poem.txt")}
+    data.prepare("text", str(folder / "brief"), 258, [str(folder / "other.txt")], brief)
     return folder
 
 
