@@ -265,7 +265,8 @@ def study(rows, student):
         alone=[np.mean([metric(m["alone"]["metrics"], where) for m in models.values()])
                for where in (IN, OUT)],
         twice=[gain("twice", where) for where in (IN, OUT, ACCURACY + OUT)],
-        left_out=[f"seed {seed}" for seed in tests if seed not in models] + sorted({*curves} - {*names}))
+        left_out=[f"seed {seed}" for seed in tests if seed not in models]
+        + sorted({row["teacher"] for row in taught} - {*names}))
 
 
 # ---- the rules: study -> what is above 0 if the claim holds, and the evidence; or None ---
@@ -434,7 +435,7 @@ def draw(s, file):
     """Gains outside by teacher: at each alpha on the seed that chose, at the best on those that tested."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
     axis, at = figure.subplots(), range(len(s.teachers))
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(s.alphas)))
     centers, margins = np.nan_to_num([interval(t.outside) for t in s.teachers]).T
@@ -445,7 +446,7 @@ def draw(s, file):
         axis.plot(at, [t.curve[i] for t in s.teachers], "o-", ms=3, lw=0.8, color=color,
                   label=f"alpha {alpha:g}, seed {s.chooser}")
     text = s.twice[1].mean()
-    top = 1.5 * max(0.01, text, *centers)
+    top = 1.7 * max(0.01, text, *centers)
     axis.axhline(text, color="0.5", ls="--", label="no teacher, twice the text")
     axis.axhline(0, color="black", lw=0.8)
     axis.set_ylim(-top, top)                                 # what lies far below is off the scale
@@ -454,7 +455,7 @@ def draw(s, file):
     axis.axvspan(-0.5, boundary, color="0.94", zorder=0)
     for left, right, word in (-0.5, boundary, "worse"), (boundary, len(at) - 0.5, "better"):
         if right > left:
-            axis.text((left + right) / 2, 0.8 * top, f"teachers {word} than\nthe student alone", ha="center")
+            axis.text((left + right) / 2, 0.83 * top, f"teachers {word} than\nthe student alone", ha="center")
     axis.set_xticks(at, [in_words(t, s) for t in s.teachers])
     axis.set_xlabel("teacher: its size beside the student's, and the text it was trained on")
     axis.set_ylabel("how much lower the student's loss is\nthan without a teacher (nats per token)")

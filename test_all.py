@@ -1108,6 +1108,22 @@ def test_results_are_read_with_care(tmp_path):
             evaluation.read_rows(path)
 
 
+def test_reports_are_of_their_rows_and_the_readme_quotes_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(evaluation, "draw", lambda *_: None)
+    for path in Path("results").glob("*/report.md"):
+        report = evaluation.write_report(evaluation.read_rows(path.parent / "results.jsonl"), str(tmp_path))
+        assert path.read_text("utf-8") == report, path
+    s = evaluation.study(evaluation.read_rows("results/laptop/results.jsonl"), "s@1.5M")
+    page = Path("README.md").read_text("utf-8")
+    for t in s.teachers:                                      # its table
+        words = evaluation.in_words(t, s).replace("\n", " ")
+        assert (f"| {words} | {t.outside.mean():.3f} | {t.worth_outside.mean():.0f} % | {t.costs:.0f} % | "
+                f"{t.alpha:g} |\n") in page, t.name
+    for file, lines in regex.findall(r"\[(\w+\.py)\]\(\w+\.py\) \((\d+)", page):
+        assert int(lines) == len(Path(file).read_text("utf-8").splitlines()), file
+
+
 # ---- sweep.py ----------------------------------------------------------------
 
 SMALL = ["--scale", "smoke", "--student", "xs@8K", "--teachers", "bigram@4K,xs@4K", "--device", "cpu"]

@@ -9,8 +9,8 @@ well. Both continuations are scored by their log-probability; a model is right i
 likelier. The files are those of the sets val, sympy, numpy and networkx of the `python` corpus.
 
 Prints a line for each checkpoint: its accuracy and, after the first, how many points it gains over the first.
-The downstream gains that the paper reports did not come out here: students of weak teachers are no better at
-this task than the student alone.
+The downstream gains that the paper reports did not come out here: students of weak teachers are worse at
+this task than the student alone (results/README.md).
 """
 import os
 import random
