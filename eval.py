@@ -435,16 +435,18 @@ def draw(s, file):
     """Gains outside by teacher: at each alpha on the seed that chose, at the best on those that tested."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10.5, 4.8), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     axis, at = figure.subplots(), range(len(s.teachers))
     colors = colormaps["viridis"](np.linspace(0, 0.85, len(s.alphas)))
     centers, margins = np.nan_to_num([interval(t.outside) for t in s.teachers]).T
     axis.errorbar(at, centers, margins, fmt="none", capsize=4, color="black", zorder=3)
     axis.scatter(at, centers, 80, [colors[s.alphas.index(t.alpha)] for t in s.teachers], edgecolor="black",
-                 zorder=4, label=f"at the best alpha,\nmean of {len(s.seeds)} seeds")
+                 zorder=4)
+    axis.plot([], [], "o", ms=9, mfc="none", mec="black",
+              label=f"at the best alpha, mean\nof {len(s.seeds)} seeds (95 % interval)")
     for i, (alpha, color) in enumerate(zip(s.alphas, colors)):
         axis.plot(at, [t.curve[i] for t in s.teachers], "o-", ms=3, lw=0.8, color=color,
-                  label=f"alpha {alpha:g}, seed {s.chooser}")
+                  label=f"alpha {alpha:g}, seed {s.chooser}" + " (only the teacher)" * (alpha == 1))
     text = s.twice[1].mean()
     top = 1.7 * max(0.01, text, *centers)
     axis.axhline(text, color="0.5", ls="--", label="no teacher, twice the text")
