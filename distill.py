@@ -261,11 +261,8 @@ def load_teacher(config, meta, device):
 
 def check(config, vocab_size):
     """Refuse settings that make no sense."""
-    at_least_0, at_least_1 = (0, math.inf), (1, math.inf)
-    limits = dict(alpha=(0, 1), seed=(0, 2**63 - 1), temperature=(0.001, math.inf), warmup=(0, 1),
-                  lr=at_least_0, top_k=at_least_0, grad_clip=at_least_0, tokens=at_least_1,
-                  batch_size=at_least_1, block_size=at_least_1, accumulate=at_least_1,
-                  log_every=at_least_1)
+    limits = dict(alpha=(0, 1), seed=(0, 2**63 - 1), temperature=(0.001, math.inf), lr=(0, math.inf),
+                  top_k=(0, math.inf), batch_size=(1, math.inf), block_size=(1, math.inf))
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not low <= value <= high:                         # refuses NaN too
@@ -274,7 +271,7 @@ def check(config, vocab_size):
         raise UserError("--alpha above 0 needs a --teacher")
     if config.teacher and not config.alpha:
         raise UserError("a --teacher has no effect at alpha 0: try 0.25")
-    if not config.steps:
+    if config.steps < 1:
         raise UserError(f"--tokens {config.tokens} is less than a step of {config.tokens_per_step}")
     if config.batch_size % int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch_size {config.batch_size} is not divisible by the number of ranks")

@@ -1022,7 +1022,7 @@ def test_a_gain_is_worth_text_and_a_teacher_costs_text(tmp_path):
 
 
 def test_evidence_is_of_the_values_that_are_judged():
-    rows = made_up(noise={"xs@8M": 0.1})                      # Student's t: 4.303 * 0.1 / sqrt(3), a third of it
+    rows = made_up(noise={"xs@8M": 0.1})                      # Student's t: 4.303 * 0.1 / sqrt(3) / 3
     assert "Weak networks bring +0.043 ± 0.083 outside" in of(rows, 0) and "at alpha 1 -0.167." in of(rows, 0)
     # xs to s to m: 1, 2, 4 FLOPs a token: 0.06 to 0.14 to 0.14, a doubling each
     assert "brings +0.080 ± 0.000, +0.000 ± 0.000 outside; half the first minus the last: +0.040" in of(
@@ -1053,7 +1053,7 @@ def test_one_seed_chooses_alpha_and_the_others_test_it():
     single = [row for row in rows if row["seed"] == 0]        # a single seed chooses and tests
     assert evaluation.study(single, STUDENT).seeds == [0] and of(single) == [FEW] * 5
     one_alpha = [row for row in rows if row["alpha"] in (0.0, 0.25) and row["teacher"] in (None, *WEAK)]
-    assert evaluation.study(one_alpha, STUDENT).seeds == [0, 1, 2, 3]        # nothing to choose: every seed tests
+    assert evaluation.study(one_alpha, STUDENT).seeds == [0, 1, 2, 3]        # there is nothing to choose
 
 
 def test_what_is_incomplete_is_left_out_and_named(tmp_path, monkeypatch):
@@ -1085,8 +1085,10 @@ def test_what_is_incomplete_is_left_out_and_named(tmp_path, monkeypatch):
 
 def test_a_teacher_in_words():
     s = SimpleNamespace(size="s", setup={"vocab_size": 512})
-    for name, words in (("xs@2M", "a third of the size,\n2M tokens"), ("l@8M", "6.1 times the size,\n8M tokens"),
-                        ("s@1.5M", "the same size,\n1.5M tokens"), ("bigram@8M", "a bigram table,\n8M tokens")):
+    for name, words in (("xs@2M", "a third of the size,\n2M tokens"),
+                        ("l@8M", "6.1 times the size,\n8M tokens"),
+                        ("s@1.5M", "the same size,\n1.5M tokens"),
+                        ("bigram@8M", "a bigram table,\n8M tokens")):
         group = "tables" if name[0] == "b" else "weak networks"
         t = SimpleNamespace(name=name, size=name.partition("@")[0], group=group)
         assert evaluation.in_words(t, s) == words
