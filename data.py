@@ -191,10 +191,10 @@ def train_bpe(text, vocab_size, pattern=PATTERN):
         if not len(at):
             break
         pairs = ids[at] * new + ids[at + 1]                  # a pair as one number
-        # kinds: all possible pairs, or those that occur; kind: which of them each pair is
-        kinds, kind = range(new * new), pairs
-        if new > BPE_TABLE:
+        if new > BPE_TABLE:                                  # the pairs that occur
             kinds, kind = np.unique(pairs, return_inverse=True)
+        else:                                                # all possible pairs: faster with few tokens
+            kinds, kind = range(new * new), pairs
         counts = np.bincount(kind, weight[at])               # (kinds,)
         commonest = [kinds[k] for k in np.flatnonzero(counts == counts.max())]
         best = max(commonest, key=lambda pair: (vocab[pair // new], vocab[pair % new]))
