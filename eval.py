@@ -18,7 +18,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data import (UNITS, UserError, evenly_spaced, load_meta, load_tokenizer, load_windows, make_parser,
                   run_main, whole_number)
@@ -77,10 +76,11 @@ def token_losses(model, rows):
     for part in rows.split(max(1, logits_at_once // (rows.size(1) * model.config.vocab_size))):
         x, y = part[:, :-1].to(device), part[:, 1:].to(device)               # (B, T) each
         with autocast(device, dtype):
-            logits = model(x).float()                                        # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        losses.append(loss.view_as(y).cpu())
-        hits.append((logits.gather(-1, y[..., None])[..., 0] >= logits.amax(-1)).cpu())
+            z = model(x).float()                                             # (B, T, V)
+        label, top = z.gather(-1, y[..., None])[..., 0], z.amax(-1)          # (B, T) each
+        log_sum_exp = z.sub_(top[..., None]).exp_().sum(-1).log() + top      # in place: less time than a copy
+        losses.append((log_sum_exp - label).cpu())
+        hits.append((label >= top).cpu())
     return torch.cat(losses), torch.cat(hits)
 
 
