@@ -1233,6 +1233,15 @@ def test_two_sweeps_into_one_folder_keep_each_others_rows(corpus, tmp_path, pret
     assert len({*results(tmp_path)}) == len(rows)
 
 
+def test_there_are_no_more_workers_than_runs(corpus, tmp_path, pretend, monkeypatch, capsys):
+    argv = [*SMALL, "--data", corpus, "--jobs", 99, "--seeds", 1, "--out", tmp_path]
+    code, out, err = call(sweep.main, argv, monkeypatch, capsys)
+    assert code == 0 and "8 runs on cpu, 8 at a time" in out, err
+    many = ",".join(map(str, range(30)))                      # 61 is what Windows allows
+    code, out, err = call(sweep.main, [*argv, "--seeds", many], monkeypatch, capsys)
+    assert code == 0 and ", 61 at a time" in out, err
+
+
 def test_a_failure_is_said_in_its_own_words(corpus, tmp_path, pretend, monkeypatch, capsys):
     argv = [*SMALL, "--data", corpus, "--jobs", 1, "--seeds", 1, "--out", tmp_path]
     def fails(*_):
