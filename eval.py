@@ -254,8 +254,9 @@ def study(rows, student):
             worse=-gain(name, IN).mean(),                    # than the student alone, in domain
             inside=gain(which, IN), outside=gain(which, OUT), accuracy=gain(which, ACCURACY + OUT),
             worth_inside=worth(which, IN), worth_outside=worth(which, OUT),
-            worth_more=worth(which, OUT) - worth(which, IN), worth_accuracy=worth(which, ACCURACY + OUT),
+            worth_accuracy=worth(which, ACCURACY + OUT),
             costs=100 * passes / own, costs_trained=100 * (passes + training) / own)         # per cent
+        t.worth_more = t.worth_outside - t.worth_inside
         t.group = ("tables" if "counts" in SIZES[t.size] else "same level" if name == student
                    else "weak networks" if t.worse > 0 else "strong networks")
         teachers.append(t)
