@@ -5,7 +5,7 @@ Text -> a byte-pair vocabulary -> tokens on disk -> batches.
     python data.py --corpus text --train mine/*.txt --ood news=news.txt --out data/mine
     python data.py --corpus text --train mine/*.txt --vocab_size gpt2 --out data/mine_gpt2
 
-The `python` corpus is the Python that is on your machine. In domain: the sources of the standard
+The `python` corpus is the Python code on your machine. In domain: the sources of the standard
 library and of torch. Out of distribution, for evaluation only: sympy, numpy and networkx (same language,
 other authors), the C++ headers that come with torch, and English prose (Python's language reference).
 It depends on the versions of Python, torch, numpy, sympy and networkx, which meta.json names, and a

@@ -7,7 +7,7 @@ alpha above 0 a student learns from --teacher as well. eval.py measures the loss
     python distill.py --size s --teacher out/xs/ckpt.pt --alpha 0.25 --out out/taught
     torchrun --nproc_per_node=8 distill.py --data data/fineweb --size 350M ...         # 8 GPUs share a batch
 
-For a token with label y, student logits z, teacher logits t, temperature tau (1 in the paper, readers report)
+For a token with label y, student logits z, teacher logits t, temperature tau (reportedly 1 in the paper)
 
     loss = (1 - alpha) * CE(z, y)  +  alpha * tau^2 * KL( softmax(t/tau) || softmax(z/tau) )
 

@@ -6,8 +6,8 @@ half turns the results.jsonl of a sweep into five findings.
     python eval.py out/alone/ckpt.pt out/taught/ckpt.pt --sample "def "  # what they write
     python sweep.py --report results/full                                # the findings of a study
 
-Loss is in nats per token; perplexity is its exponential. Accuracy is the share of tokens that the model finds
-likeliest: unlike the loss, it does not change when all probabilities are smoothed or sharpened.
+Loss is in nats per token; perplexity is its exponential. Accuracy is the share of tokens that the model ranks
+first: unlike the loss, it does not change when all probabilities are smoothed or sharpened.
 """
 import json
 import math

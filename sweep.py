@@ -3,7 +3,7 @@ Teachers x alphas x seeds -> results.jsonl, a report with the findings, and a pi
 Teacher Not Needed? On Distillation in LLM Pretraining" (arXiv 2605.23857), at a scale of your choice.
 
     python sweep.py                                    # --scale laptop: half an hour on two cores
-    python sweep.py --scale smoke                      # the same path in a minute, too small for findings
+    python sweep.py --scale smoke                      # the same path in a minute or two, no findings
     python sweep.py --student xs@1.5M --teachers xs@1M,m@8M --alphas 0.25,1 --seeds 1,2,3,4 --out out/mine
     python sweep.py --scale full --dry_run             # every run with its FLOPs; nothing is trained
     python sweep.py --report results/full              # table, verdicts, picture from a results.jsonl alone
