@@ -41,9 +41,9 @@ def evaluate(model, data_dir, windows=512):
     metrics = {}
     for name, path in evaluation_sets(data_dir).items():
         losses, hits = token_losses(model, read_windows(path, model.config.block_size, windows))
-        metrics[name] = losses.double().mean().item()
-        metrics[ACCURACY + name] = hits.double().mean().item()
-    return {name: round(x, 6) for name, x in metrics.items()}
+        metrics[name] = round(losses.double().mean().item(), 6)
+        metrics[ACCURACY + name] = round(hits.double().mean().item(), 6)
+    return metrics
 
 
 def evaluation_sets(data_dir):
@@ -146,7 +146,7 @@ def read_rows(path, setup=None):
         except Exception:                                    # edited by hand, or of another version
             raise UserError(f"{path}: line {number} is not a result of this version") from None
         setup = setup or mine
-        for name in {**setup, **mine}:
+        for name in setup | mine:
             if setup.get(name) != mine.get(name):
                 raise UserError(f"{path}: line {number} was made with {name} {mine.get(name)}, not with "
                                 f"{setup.get(name)}: choose another --out")
@@ -179,9 +179,10 @@ def judge(x):
 
 # ---- one seed chooses alpha, the others test it -------------------------------
 
-def choose(rows, student):
+def choose(rows, student, alphas=()):
     """
-    -> the seed that chooses, and {teacher: {alpha: gain outside on that seed}}; (None, {}) without students.
+    -> the seed that chooses (None without students), the alphas to try (these and all that it tried),
+    {teacher: {alpha: gain outside on that seed}}, and {teacher: the best alpha} of those that tried them all.
 
     It is the seed with most students, as only one tries every alpha; of equals the first in the file. So what
     is added later changes nothing that is decided.
@@ -194,12 +195,9 @@ def choose(rows, student):
         if alone and row["seed"] == chooser:
             gain = metric(alone[0]["metrics"], OUT) - metric(row["metrics"], OUT)
             gains.setdefault(row["teacher"], {})[row["alpha"]] = gain
-    return chooser, gains
-
-
-def best(gains):
-    """{0.25: 0.1, 1.0: -0.2} -> 0.25: the alpha that gains most."""
-    return max(gains, key=gains.get)
+    alphas = sorted({*alphas}.union(*gains.values()))
+    best = {name: max(curve, key=curve.get) for name, curve in gains.items() if len(curve) == len(alphas)}
+    return chooser, alphas, gains, best
 
 
 def study(rows, student):
@@ -213,13 +211,11 @@ def study(rows, student):
     by_key = {tuple(row[key] for key in KEYS): row for row in rows}
     taught = [row for row in rows if row["model"] == student and row["teacher"]]
     teacher_seed = {row["seed"]: row["teacher_seed"] for row in taught}      # seeds in the order of the file
-    chooser, curves = choose(rows, student)
-    alphas = sorted({alpha for curve in curves.values() for alpha in curve})
-    alpha = {name: best(curve) for name, curve in curves.items() if len(curve) == len(alphas)}
+    chooser, alphas, curves, alpha = choose(rows, student)
     tests = [seed for seed in teacher_seed
              if seed != chooser or len(alphas) == 1 or len(teacher_seed) == 1]
-    tested = {(row["teacher"], row["alpha"]) for row in taught if row["seed"] in tests}
-    names = [name for name in sorted(alpha) if (name, alpha[name]) in tested]
+    names = sorted({row["teacher"] for row in taught         # some test seed has it, at the chosen alpha
+                    if row["seed"] in tests and row["alpha"] == alpha.get(row["teacher"])})
     size, tokens = parse_model(student)
     models = {}                                              # complete test seed -> {which model: its row}
     for seed in tests:
@@ -233,9 +229,11 @@ def study(rows, student):
     if not names or not models:
         return None
 
+    def level(which, beginning):
+        return np.array([metric(m[which]["metrics"], beginning) for m in models.values()])
+
     def gain(which, beginning):
-        more = np.array([metric(m[which]["metrics"], beginning) - metric(m["alone"]["metrics"], beginning)
-                         for m in models.values()])
+        more = level(which, beginning) - level("alone", beginning)
         return 100 * more if beginning.startswith(ACCURACY) else -more       # points; nats
 
     def worth(which, beginning):                             # in per cent more text; nan if that is no help
@@ -263,17 +261,13 @@ def study(rows, student):
     return SimpleNamespace(
         student=student, size=size, tokens=tokens, setup=first["alone"]["setup"], seeds=[*models],
         chooser=chooser, alphas=alphas, teachers=sorted(teachers, key=lambda t: -t.worse),
-        alone=[np.mean([metric(m["alone"]["metrics"], where) for m in models.values()])
-               for where in (IN, OUT)],
+        alone=[level("alone", where).mean() for where in (IN, OUT)],
         twice=[gain("twice", where) for where in (IN, OUT, ACCURACY + OUT)],
         left_out=[f"seed {seed}" for seed in tests if seed not in models]
         + sorted({row["teacher"] for row in taught} - {*names}))
 
 
 # ---- the rules: study -> what is above 0 if the claim holds, and the evidence; or None ---
-
-GROUPS = "tables", "weak networks", "same level", "strong networks"
-
 
 def mean(s, group, quantity):
     """The mean of a quantity over the teachers of a group, one value a seed; None without any."""
@@ -292,9 +286,8 @@ def weak_teacher_helps(s):
     gain = mean(s, "weak networks", "outside")
     if gain is None:
         return None
-    weak = [t for t in s.teachers if t.group == "weak networks"]
-    each = ", ".join(f"{t.name} {show(t.outside)}" for t in weak)
-    last = np.mean([t.curve[-1] for t in weak])
+    each = ", ".join(f"{t.name} {show(t.outside)}" for t in s.teachers if t.group == "weak networks")
+    last = mean(s, "weak networks", "curve")[-1]
     same = "".join(f" The same level: {show(t.outside)}." for t in s.teachers if t.group == "same level")
     return gain, (f"Weak networks bring {show(gain)} outside ({each}); on seed {s.chooser} at alpha "
                   f"{s.alphas[-1]:g} {last:+.3f}.{same}")
@@ -324,10 +317,9 @@ def generalisation_first(s):
     more, table, worths = mean(s, "weak networks", "worth_more"), best_table(s), []
     if more is None:
         return None
-    for group in GROUPS:
-        if mean(s, group, "outside") is not None:
-            inside, outside = mean(s, group, "worth_inside"), mean(s, group, "worth_outside")
-            worths.append(f"{group} {show(inside, 0)} % in domain and {show(outside, 0)} % outside")
+    for group in dict.fromkeys(t.group for t in s.teachers):                 # the weakest first
+        inside, outside = mean(s, group, "worth_inside"), mean(s, group, "worth_outside")
+        worths.append(f"{group} {show(inside, 0)} % in domain and {show(outside, 0)} % outside")
     by_accuracy = show(mean(s, "weak networks", "worth_accuracy"), 0)
     seen = (f"Worth in per cent more text: {', '.join(worths)} (weak networks by accuracy {by_accuracy} %). "
             f"The difference is {show(more, 0)} points for weak networks")
@@ -404,7 +396,7 @@ def report(s):
     text += f"""
 Alone the student reaches {s.alone[0]:.3f} nats per token in domain, {s.alone[1]:.3f} outside. Twice the text
 gains {show(inside)} and {show(outside)}, and {show(accuracy, 2)} points of accuracy outside. The student
-reads its text {s.tokens / s.setup["text"]:.2g} times: {s.tokens:,} of {s.setup["text"]:,} tokens.
+reads its text {s.tokens / s.setup["text"]:.3g} times: {s.tokens:,} of {s.setup["text"]:,} tokens.
 
 A gain is over the student alone of the same seed: how much lower the loss is in nats per token, how many
 points higher the accuracy. Its worth is the extra text, in per cent, that would gain as much (above 100:
@@ -427,9 +419,9 @@ def in_words(t, s):
     if t.group == "tables":
         return f"a {t.size} table,\n{tokens}"
     mine, own = (n_weights(GPTConfig(s.setup["vocab_size"], **SIZES[size])) for size in (t.size, s.size))
-    words, part = {1: "the same", 2: "half the", 3: "a third of the", 4: "a quarter of the"}, own / mine
-    close = round(part) in words and abs(part - round(part)) < 0.2
-    return f"{words[round(part)] if close else f'{mine / own:.2g} times the'} size,\n{tokens}"
+    words = {1: "the same", 2: "half the", 3: "a third of the", 4: "a quarter of the"}
+    part = next((words[n] for n in words if abs(own / mine - n) < 0.2), f"{mine / own:.2g} times the")
+    return f"{part} size,\n{tokens}"
 
 
 def draw(s, file):
@@ -438,15 +430,14 @@ def draw(s, file):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     axis, at = figure.subplots(), range(len(s.teachers))
-    colors = colormaps["viridis"](np.linspace(0, 0.85, len(s.alphas)))
+    color = dict(zip(s.alphas, colormaps["viridis"](np.linspace(0, 0.85, len(s.alphas)))))
     centers, margins = np.nan_to_num([interval(t.outside) for t in s.teachers]).T
     axis.errorbar(at, centers, margins, fmt="none", capsize=4, color="black", zorder=3)
-    axis.scatter(at, centers, 80, [colors[s.alphas.index(t.alpha)] for t in s.teachers], edgecolor="black",
-                 zorder=4)
+    axis.scatter(at, centers, 80, [color[t.alpha] for t in s.teachers], edgecolor="black", zorder=4)
     axis.plot([], [], "o", ms=9, mfc="none", mec="black",
               label=f"at the best alpha, mean\nof {len(s.seeds)} seeds (95 % interval)")
-    for i, (alpha, color) in enumerate(zip(s.alphas, colors)):
-        axis.plot(at, [t.curve[i] for t in s.teachers], "o-", ms=3, lw=0.8, color=color,
+    for i, alpha in enumerate(s.alphas):
+        axis.plot(at, [t.curve[i] for t in s.teachers], "o-", ms=3, lw=0.8, color=color[alpha],
                   label=f"alpha {alpha:g}, seed {s.chooser}" + " (only the teacher)" * (alpha == 1))
     text = s.twice[1].mean()
     top = 1.7 * max(0.01, text, *centers)

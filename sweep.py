@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from data import UserError, load_meta, load_windows, make_parser, note_repeats, prepare, run_main
 from distill import Config, check, recipe, train
-from eval import (IN, KEYS, OUT, best, choose, evaluate, evaluation_sets, metric, model_name, parse_model,
+from eval import (IN, KEYS, OUT, choose, evaluate, evaluation_sets, metric, model_name, parse_model,
                   read_rows, write_report)
 from model import SIZES, GPTConfig, flops_per_token, load_checkpoint, pick_device
 
@@ -114,27 +114,20 @@ class Run:
 
 def plan(scale, rows):
     """
-    -> (runs, runs): those of the seed that chooses alpha, with the students alone of the others, so that no
-    core is idle; and the rest, in which alpha is None until it is chosen. Every run comes after the runs it
-    needs. What the chooser has tried before counts.
+    -> every run, after those it needs. The seed that chooses alpha comes first, and what it has tried before
+    counts; on the others alpha is None until it is chosen.
     """
-    chooser, gains = choose(rows, scale.student)
+    chooser, alphas, _, best = choose(rows, scale.student, scale.alphas)
     chooser = scale.seeds[0] if chooser is None else chooser
-    alphas = sorted({*scale.alphas}.union(*gains.values()))
     size, tokens = parse_model(scale.student)
-    early, late = [], []
+    runs = []
     for seed in dict.fromkeys([chooser, *scale.seeds]):
-        early += [Run(model_name(size, n * tokens), seed) for n in (1, 2)]   # on the text, and on twice
+        runs += [Run(model_name(size, n * tokens), seed) for n in (1, 2)]    # on the text, and on twice
         for name in scale.teachers:
             teacher = Run(name, 2000 + seed % scale.teacher_sets)
-            tried = gains.get(name, {})
-            if seed == chooser:
-                early += [teacher, *(Run(scale.student, seed, teacher, alpha) for alpha in alphas)]
-            else:
-                chosen = best(tried) if tried.keys() >= {*alphas} else None
-                late += [teacher, Run(scale.student, seed, teacher, chosen)]
-    early = [*dict.fromkeys(early)]                          # seeds may share teachers
-    return early, [run for run in dict.fromkeys(late) if run not in early]
+            tried = alphas if seed == chooser else [best.get(name)]
+            runs += [teacher, *(Run(scale.student, seed, teacher, alpha) for alpha in tried)]
+    return [*dict.fromkeys(runs)]                            # seeds may share teachers
 
 
 def start_worker(threads):
@@ -181,36 +174,35 @@ def line_of(run, rows):
             f"outside {metric(alone, OUT) - outside:+.3f}, in domain {alone[IN] - inside:+.3f}")
 
 
-def missing(runs, rows, out):
-    """The runs without a row, after the teachers that they need but whose checkpoints are lost."""
-    new = [run for run in runs if run.key not in rows]
-    teachers = dict.fromkeys(run.teacher for run in new if run.teacher and run.teacher not in new)
-    return [t for t in teachers if not os.path.exists(f"{out}/runs/{t.name}/ckpt.pt")] + new
+def missing(scale, rows, out):
+    """The runs without a row, and the teachers that they need but whose checkpoints are lost."""
+    runs = plan(scale, rows.values())
+    needed = {run.teacher for run in runs if run.key not in rows and run.alpha is not None}
+    return [run for run in runs if run.key not in rows
+            or run in needed and not os.path.exists(f"{out}/runs/{run.name}/ckpt.pt")]
 
 
 def sweep(scale, out, jobs, device):
     """Run what is not in results.jsonl yet, `jobs` runs at a time -> all of its rows."""
     path = f"{out}/results.jsonl"
     rows = {tuple(row[name] for name in KEYS): row for row in read_rows(path, setup(scale, device))}
-    first, rest = plan(scale, rows.values())
     threads = max(1, torch.get_num_threads() // jobs)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")   # which complains after Ctrl-C
     vars(sys.modules["__main__"]).setdefault("__spec__", None)           # spawning needs it; %run drops it
     pool = futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker, (threads,))
-    total = sum(run.work(scale) for run in missing(first + rest, rows, out))
+    todo = missing(scale, rows, out)
+    running = {}                                             # future -> its run, still in todo
+    total = sum(run.work(scale) for run in todo)
     bar = tqdm(total=total, bar_format="{percentage:3.0f}%|{bar}| {elapsed} so far, {remaining} left",
                smoothing=0, miniters=0, mininterval=1 if os.isatty(2) else 60)
-
-    def train_all(runs):
-        waiting, running = missing(runs, rows, out), {}
-        while waiting or running:
-            unfinished = {*waiting, *running.values()}
-            ready = [run for run in waiting                  # line_of needs the student alone
-                     if not run.teacher or not {run.teacher, run.alone} & unfinished]
-            for run in ready[:jobs - len(running)]:
-                waiting.remove(run)
-                running[pool.submit(train_and_evaluate, run, scale, out, device, jobs == 1)] = run
+    try:
+        while todo or running:
+            unfinished = {*todo}
+            for run in todo:
+                waits = run.alpha is None or run.teacher and {run.teacher, run.alone} & unfinished
+                if not waits and run not in running.values() and len(running) < jobs:
+                    running[pool.submit(train_and_evaluate, run, scale, out, device, jobs == 1)] = run
             finished, _ = futures.wait(running, timeout=1, return_when=futures.FIRST_COMPLETED)
             for future in finished:
                 run = running.pop(future)
@@ -218,17 +210,14 @@ def sweep(scale, out, jobs, device):
                     rows.setdefault(run.key, future.result())                # a lost teacher keeps its row
                 except UserError as e:
                     raise UserError(f"{run.name}: {e}") from None
-                saved = save_rows(path, rows)
+                todo = missing(scale, rows, out)
+                save_rows(path, rows)
                 bar.update(run.work(scale))
                 bar.write(line_of(run, rows))
-                if run.teacher and not any(r.seed == run.seed for r in [*waiting, *running.values()]):
-                    lines = write_report(saved, out).splitlines()
+                if run.teacher and run.seed not in {other.seed for other in todo}:
+                    lines = write_report(read_rows(path), out).splitlines()
                     bar.write("\n".join(["", *(x for x in lines if "**" in x or x.startswith("## ")), ""]))
             bar.update(0)                                    # the clock
-
-    try:
-        train_all(first)
-        train_all(plan(scale, rows.values())[1])             # now every alpha is chosen
     except futures.process.BrokenProcessPool:
         raise UserError("a worker died (out of memory? try --jobs 1); rerun the same command to "
                         "resume") from None
@@ -241,13 +230,12 @@ def sweep(scale, out, jobs, device):
 
 
 def save_rows(path, rows):
-    """Replace the file as a whole -> its rows, with those that another sweep has added to it meanwhile."""
+    """Replace the file as a whole; rows that another sweep has added to it meanwhile stay."""
     merged = {tuple(row[name] for name in KEYS): row for row in read_rows(path)} | rows
     aside = f"{path}.{os.getpid()}.tmp"
     with open(aside, "w") as f:
         f.writelines(json.dumps(row) + "\n" for row in merged.values())
     os.replace(aside, path)
-    return [*merged.values()]
 
 
 def list_of(kind):
@@ -283,10 +271,10 @@ def main():
     if args.report:
         return print(write_report(read_rows(f"{args.report}/results.jsonl"), args.report))
     scale = SCALES[args.scale]
-    for name in ("student", "teachers", "alphas", "seeds"):
+    for name in ("student", "teachers", "alphas", "seeds", "data"):
         scale = replace(scale, **{name: getattr(args, name) or getattr(scale, name)})
     canonical = [model_name(*parse_model(model)) for model in (scale.student, *scale.teachers)]  # 2000K: 2M
-    scale = replace(scale, student=canonical[0], teachers=canonical[1:], data=args.data or scale.data)
+    scale = replace(scale, student=canonical[0], teachers=canonical[1:])
     start, out = time.perf_counter(), args.out or f"out/{args.scale}"
     if args.dry_run:
         return dry_run(scale)
@@ -295,7 +283,7 @@ def main():
         prepare("python", scale.data, scale.vocab_size)
     scale = replace(scale, vocab_size=load_meta(scale.data)["vocab_size"])
     device, _ = pick_device(args.device)
-    runs = sum(plan(scale, read_rows(f"{out}/results.jsonl")), [])
+    runs = plan(scale, read_rows(f"{out}/results.jsonl"))
     refuse_early(scale, runs, out)
     jobs = args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
     jobs = max(1, min(jobs, len(runs), 61))                  # 61: what Windows allows
@@ -308,7 +296,7 @@ def main():
 
 def dry_run(scale):
     """Print every run, and what all cost."""
-    runs = sum(plan(scale, []), [])
+    runs = plan(scale, [])
     for run in runs:
         alpha = "as chosen" if run.alpha is None else f"{run.alpha:g}"
         taught = f"from {run.teacher.model}, alpha {alpha}" if run.teacher else "alone"

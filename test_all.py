@@ -1278,7 +1278,7 @@ def test_dry_run_prints_every_run_and_does_nothing(tmp_path, monkeypatch, capsys
         seeds, teachers, alphas = len(scale.seeds), len(scale.teachers), len(scale.alphas)
         runs = 2 * seeds + teachers * (scale.teacher_sets + alphas + seeds - 1)
         assert code == 0 and len(out.splitlines()) == runs + 1 and f"{runs} runs" in out
-        for run in sweep.plan(scale, [])[0]:
+        for run in (run for run in sweep.plan(scale, []) if run.alpha is not None):
             c, (size, tokens) = run.config(scale, "out"), evaluation.parse_model(run.model)
             assert (c.size, c.tokens, c.seed) == (size, tokens, run.seed)
             shape = model.GPTConfig(scale.vocab_size, c.block_size, **model.SIZES[size])
@@ -1374,7 +1374,7 @@ def test_start_finds_what_the_sweeps_leave(tmp_path, monkeypatch, capsys):
     laptop = sweep.SCALES["laptop"]
     second = dataclasses.replace(laptop, seeds=(72,), teachers=("xs@2M", "bigram@8M", "s@8M"))
     for out, scale in (("out/laptop", laptop), ("out/second", second)):
-        for run in sweep.plan(scale, [])[0]:
+        for run in (run for run in sweep.plan(scale, []) if run.alpha is not None):
             path = Path(run.config(scale, out).out, "ckpt.pt")
             path.parent.mkdir(parents=True)
             path.write_text(f"{out} {run.name}")
