@@ -428,7 +428,7 @@ def draw(s, file):
     """Gains outside by teacher: at each alpha on the seed that chose, at the best on those that tested."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure = Figure(figsize=(max(11, 3 + 1.6 * len(s.teachers)), 4.8), layout="constrained")
     axis, at = figure.subplots(), range(len(s.teachers))
     color = dict(zip(s.alphas, colormaps["viridis"](np.linspace(0, 0.85, len(s.alphas)))))
     centers, margins = np.nan_to_num([interval(t.outside) for t in s.teachers]).T
