@@ -22,9 +22,7 @@ import base64
 import hashlib
 import importlib.metadata
 import importlib.util
-import itertools
 import json
-import math
 import os
 import sys
 import sysconfig
@@ -47,7 +45,6 @@ VAL_PERCENT = 5                     # of the documents, chosen by a hash of thei
 OOD_CHARS = 2_000_000               # characters of an out-of-distribution set, at most
 BPE_CHARS = 4_000_000               # characters of training text from which the vocabulary is learned,
 BPE_WORDS = 300_000                 # or fewer: bytes of distinct words, which are long without spaces
-BPE_TABLE = 1_024                   # with more tokens a table of all possible pairs is slower than sorting
 BUILD_FILES = ("_sysconfigdata", "version.py", "__config__.py")             # these differ with every build
 
 
@@ -91,7 +88,7 @@ def python_documents():
 
 
 def lines(path, most):
-    """A UTF-8 text file line by line: cut after `most` characters, and each <|endoftext|> on its own."""
+    """The lines of a UTF-8 text file, cut after `most` characters; <|endoftext|> alone, also at the end."""
     try:
         with open(path, encoding="utf-8") as f:
             for line in f:
@@ -102,6 +99,7 @@ def lines(path, most):
                         yield END_OF_TEXT
                     for start in range(0, len(text), most):
                         yield text[start:start + most]
+        yield END_OF_TEXT
     except UnicodeDecodeError as e:
         raise UserError(f"{path} is not UTF-8 text ({e.reason})") from None
 
@@ -116,7 +114,7 @@ def pieces(path):
     while 1_000 * size < os.path.getsize(path) and size < 100_000:           # about 400 to 1,000 pieces
         size *= 2
     documents, piece, count = [], [], 0
-    for line in itertools.chain(lines(path, size // 2), [END_OF_TEXT]):
+    for line in lines(path, size // 2):
         if line != END_OF_TEXT:
             piece.append(line)
             count += len("".join(line.split()))
@@ -128,7 +126,7 @@ def pieces(path):
     return documents
 
 
-def distinct(documents, seen, most=math.inf):
+def distinct(documents, seen, most=float("inf")):
     """
     -> the documents whose text is not in `seen` (hashes, to which theirs are added), in the order of a hash
     of their names, until they have `most` characters.
@@ -191,12 +189,9 @@ def train_bpe(text, vocab_size, pattern=PATTERN):
         if not len(at):
             break
         pairs = ids[at] * new + ids[at + 1]                  # a pair as one number
-        if new > BPE_TABLE:                                  # the pairs that occur
-            kinds, kind = np.unique(pairs, return_inverse=True)
-        else:                                                # all possible pairs: faster with few tokens
-            kinds, kind = range(new * new), pairs
+        kinds, kind = np.unique(pairs, return_inverse=True)
         counts = np.bincount(kind, weight[at])               # (kinds,)
-        commonest = [kinds[k] for k in np.flatnonzero(counts == counts.max())]
+        commonest = kinds[counts == counts.max()]
         best = max(commonest, key=lambda pair: (vocab[pair // new], vocab[pair % new]))
         at = at[pairs == best]
         # aaa has (a, a) twice, but only the first can be merged: at=[3, 4, 5, 9] -> [3, 5, 9]
@@ -239,14 +234,12 @@ def prepare(corpus="python", out_dir="data/python", vocab_size=512, train=(), oo
     in_domain, outside = python_documents() if corpus == "python" else ([], {})
     for path in train:
         in_domain += pieces(path)
-    for name, path in ood.items():
-        outside[name] = pieces(path)
+    outside |= {name: pieces(path) for name, path in ood.items()}
     sets = split_documents(in_domain, outside)
 
     # the vocabulary
     if vocab_size == "gpt2":
-        gpt2 = tiktoken.get_encoding("gpt2")
-        encoding = make_encoding(gpt2._mergeable_ranks, gpt2._pat_str)
+        encoding = tiktoken.get_encoding("gpt2")
         vocab_size = 50_304                                  # a multiple of 64, for the GPU
     else:
         sample = ""
@@ -350,8 +343,8 @@ class Batches:
     def window(self, i):
         epoch, position = divmod(i, self.n)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.arange(self.n, dtype=np.uint32)
-            np.random.default_rng((self.seed, epoch)).shuffle(self.order)
+            self.epoch = epoch
+            self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n)
         start = int(self.order[position]) * self.block_size
         return self.tokens[start:start + self.block_size + 1]
 

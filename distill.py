@@ -177,7 +177,7 @@ def train(config, show_progress=True):
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # the log and the saved state; a step that writes neither does not wait for the GPU
         now = time.perf_counter()
@@ -217,7 +217,7 @@ def learning_rate(config, step):
     warmup = max(1, int(config.warmup * config.steps))
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - warmup)
+    progress = (step - warmup) / (config.steps - warmup)
     return peak * (config.min_lr + (1 - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
@@ -463,9 +463,9 @@ def main():
     """Train what the command line asks for, and print where it is saved."""
     start, config = time.perf_counter(), parse_config()
     finished = os.path.exists(f"{config.out}/ckpt.pt")
-    if int(os.environ.get("RANK", 0)) > 0:
-        return train(config)
     path = train(config)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
     if finished:
         print(f"{path} was finished before: delete {config.out} to train again", file=sys.stderr)
     seconds = time.perf_counter() - start
