@@ -262,7 +262,8 @@ def load_teacher(config, meta, device):
 def check(config, vocab_size):
     """Refuse settings that make no sense."""
     limits = dict(alpha=(0, 1), seed=(0, 2**63 - 1), temperature=(0.001, math.inf), lr=(0, math.inf),
-                  top_k=(0, math.inf), batch_size=(1, math.inf), block_size=(1, math.inf))
+                  top_k=(0, math.inf), batch_size=(1, math.inf), block_size=(1, math.inf),
+                  accumulate=(1, math.inf), log_every=(1, math.inf))
     for name, (low, high) in limits.items():
         value = getattr(config, name)
         if not low <= value <= high:                         # refuses NaN too

@@ -1442,6 +1442,8 @@ BAD = [
     (data.main, "--vocab_size many --out new", "value: 'many'"),
     (data.main, "--vocab_size 70K --out new", "must be from 257 to 65536, not 70000"),
     (distill.main, "--lr nan", "--lr must be from 0 to inf, not nan"),
+    (distill.main, "--log_every 0", "--log_every must be from 1 to inf, not 0"),
+    (distill.main, "--accumulate 0", "--accumulate must be from 1 to inf, not 0"),
     (distill.main, "--alpha 2 --teacher run/ckpt.pt", "--alpha must be from 0 to 1"),
     (distill.main, "--alpha 0.5", "needs a --teacher"),
     (distill.main, "--teacher run/ckpt.pt", "has no effect at alpha 0"),
